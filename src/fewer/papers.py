@@ -1,0 +1,191 @@
+"""The catalogue: every method's card (`paper.toml`) and its last record, read without importing the method.
+
+A third party adds a method by an entry point of the group `fewer.papers` whose value is the method's package:
+
+    [project.entry-points."fewer.papers"]
+    my-method = "my_package.my_method"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache, cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from fewer.errors import UserError
+
+Saves = Literal[
+    "backward passes",
+    "network calls",
+    "bits",
+    "bytes on the wire",
+    "active parameters",
+    "samples",
+    "queries",
+    "memory",
+    "seconds",
+    "joules",
+    "labels",
+]
+Slug = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Line = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\n]+$")]
+
+
+class PaperResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One of the paper's own numbers, with the table or figure it stands in."""
+
+    metric: Line
+    setting: Line
+    value: float
+    source: Line
+    baseline: str = ""
+    baseline_value: float | None = None
+    unit: str = ""
+
+
+class Verb(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A command of the method's own, defined in its `command.py`."""
+
+    name: Slug
+    help: Line
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
+    """A method's card, as `paper.toml` states it."""
+
+    slug: Slug
+    title: Line
+    summary: Line  # what it does for you
+    when_not: Line
+    costs: Line
+    authors: Annotated[list[Line], msgspec.Meta(min_length=1)]
+    year: Annotated[int, msgspec.Meta(ge=1900, le=2100)]
+    arxiv: list[str]
+    code: str
+    code_license: str
+    area: Annotated[str, msgspec.Meta(pattern=r"^[a-z_]+$")]
+    extra: Slug
+    replaces: Line
+    saves: Annotated[list[Saves], msgspec.Meta(min_length=1)]
+    applies_to: Annotated[list[Line], msgspec.Meta(min_length=1)]
+    needs: Literal["nothing", "calibration data", "training"]
+    peers: list[Line]
+    results: list[PaperResult]
+    commands: list[Verb] = msgspec.field(default_factory=list)
+    package: str = ""  # the method's Python package, filled in by the catalogue
+    folder: str = ""  # where the package lies, likewise
+
+    @cached_property
+    def record(self) -> dict[str, Any] | None:
+        """The last recorded run (`record.json`), or None."""
+        file = Path(self.folder) / "record.json"
+        return msgspec.json.decode(file.read_bytes()) if file.exists() else None
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """How many claims of the last record hold, fail, and are not testable here."""
+        counts = {"holds": 0, "fails": 0, "not testable here": 0}
+        for claim in self.record["claims"] if self.record else []:
+            counts[claim["verdict"]] += 1
+        return counts
+
+
+def read_card(file: Path, package: str = "") -> Card:
+    """The card in `file`; UserError naming the file and the field where it is not a card."""
+    try:
+        fields = tomllib.loads(file.read_text(encoding="utf8"))
+        return msgspec.convert(fields | {"package": package, "folder": str(file.parent)}, Card)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as TOML ({error}); mend the file") from error
+    except msgspec.ValidationError as error:
+        raise UserError(f"{file}: {_plainly(str(error))}; mend the card (`fewer show backprop-free-mlps` shows a whole one)") from error
+
+
+def _plainly(error: str) -> str:
+    """msgspec's message with the place first: "results[0].value: Expected `float`, got `str`"."""
+    what, _, place = error.partition(" - at `$")
+    place = place.rstrip("`").lstrip(".")
+    missing = re.match(r"Object missing required field `(\w+)`", what)
+    if missing:
+        return f"the field `{'.'.join(filter(None, [place, missing[1]]))}` is missing"
+    return f"field `{place}`: {what}" if place else what
+
+
+def own_folders() -> Iterator[tuple[Path, str]]:
+    """(paper.toml, package) of the methods of this library."""
+    house = Path(__file__).parent
+    for file in sorted(house.glob("*/*/paper.toml")):
+        yield file, "fewer." + ".".join(file.parent.relative_to(house).parts)
+
+
+def outside_folders() -> Iterator[tuple[Path, str]]:
+    """(paper.toml, package) of the methods that installed packages add by the entry point group `fewer.papers`."""
+    for entry in entry_points(group="fewer.papers"):
+        try:
+            spec = importlib.util.find_spec(entry.value)
+        except ImportError as error:
+            raise UserError(
+                f"entry point fewer.papers:{entry.name} names {entry.value}, which cannot be found ({error}); reinstall that package"
+            ) from error
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"entry point fewer.papers:{entry.name} names {entry.value}, which is no package here; reinstall that package")
+        yield Path(next(iter(spec.submodule_search_locations))) / "paper.toml", entry.value
+
+
+@cache
+def cards() -> tuple[Card, ...]:
+    """All cards, by area and slug; UserError where one is broken or two share a slug."""
+    found: dict[str, Card] = {}
+    for file, package in [*own_folders(), *outside_folders()]:
+        card = read_card(file, package)
+        if card.slug in found:
+            raise UserError(
+                f"two methods are called {card.slug}: {found[card.slug].package} and {package}; rename one or uninstall its package"
+            )
+        found[card.slug] = card
+    return tuple(sorted(found.values(), key=lambda card: (card.area, card.slug)))
+
+
+def find(slug: str) -> Card:
+    """The card of one method; UserError with the nearest slug where there is none.
+
+    >>> find("backprop-free-mlps").saves[0]
+    'backward passes'
+    """
+    by_slug = {card.slug: card for card in cards()}
+    if slug in by_slug:
+        return by_slug[slug]
+    raise UserError(f"there is no method {slug!r}{did_you_mean(slug, by_slug)}; `fewer list` shows all {len(by_slug)}")
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """ ": did you mean 'x'?" for the nearest of the known words, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+def search(words: str) -> list[Card]:
+    """The cards in which every word stands, best match first (slug and title count most).
+
+    >>> [card.slug for card in search("forward backpropagation")]
+    ['backprop-free-mlps']
+    """
+    wanted = words.casefold().split()
+
+    def score(card: Card) -> int:
+        head = f"{card.slug} {card.title} {card.summary}".casefold()
+        body = " ".join([head, card.area, card.replaces, *card.saves, *card.applies_to, *card.peers, *card.authors]).casefold()
+        if not all(word in body for word in wanted):
+            return 0
+        return 1 + sum(2 * (word in card.slug) + (word in head) for word in wanted)
+
+    scored = [(score(card), card) for card in cards()]
+    return [card for points, card in sorted(scored, key=lambda pair: -pair[0]) if points]

@@ -1,0 +1,193 @@
+"""A study's declaration: a question, a task, the arms that do the job each in its way, and the claims about them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from fewer.errors import UserError
+from fewer.papers import did_you_mean
+from fewer.study.figures import Chart, Figure
+from fewer.study.spaces import Space
+
+
+class Scale(StrEnum):
+    """How large a study runs."""
+
+    QUICK = "quick"  # two CPU cores, at most five minutes
+    FULL = "full"  # a GPU or a long run, the paper's own setting as far as possible
+
+
+@dataclass(frozen=True)
+class Option:
+    """Something a user may set with `--set name=value`."""
+
+    name: str
+    default: Any
+    choices: Sequence[Any] | None
+    help: str
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` means, in the default's type; UserError where it means none."""
+        try:
+            value = text.lower() in ("1", "true", "yes") if isinstance(self.default, bool) else type(self.default)(text)
+        except ValueError:
+            raise UserError(f"--set {self.name}={text}: expected {type(self.default).__name__}, such as {self.default}") from None
+        if self.choices and value not in self.choices:
+            raise UserError(
+                f"--set {self.name}={text}: expected one of {', '.join(map(str, self.choices))}{did_you_mean(text, self.choices)}"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do the job: the function that does it, its settings and what may be tuned."""
+
+    name: str
+    run: Callable[..., None]
+    against: str | None
+    settings: Mapping[str, Any]
+    at_full: Mapping[str, Any]
+    space: Mapping[str, Space]
+    label: str
+
+    def defaults(self, scale: Scale) -> dict[str, Any]:
+        """The settings before tuning: the space's defaults, then the arm's own, then those of the full scale."""
+        spaced = {name: space.default for name, space in self.space.items()}
+        return spaced | dict(self.settings) | (dict(self.at_full) if scale is Scale.FULL else {})
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence about the results that is tested, with the paper's figure beside it."""
+
+    text: str
+    test: Callable[..., Any]
+    paper: str
+    if_fails: str  # what explains it, shown only where the claim fails
+
+
+@dataclass
+class Study:
+    """A side-by-side comparison.
+
+    Args:
+        slug: the method's slug.
+        question: what the comparison answers, one line.
+        baseline: the arm the others are held against (an arm can name another one by `against`).
+        figures: the figures shown in tables, first the one that says most.
+        charts: what the page draws.
+        time_limit: seconds after which a trial is stopped and recorded as timed out.
+        memory_limit: bytes of data a trial may hold, or None.
+        objective: the figure that tuning maximises, as the arms report it by `trial.objective`, in words.
+
+    Examples:
+        >>> study = Study("guess", question="Which guess is nearer?", baseline="zero")
+        >>> @study.task
+        ... def task(scale): return {"truth": 3.0}
+        >>> @study.arm("zero")
+        ... def zero(task, trial): trial.log("error", abs(task["truth"]))
+        >>> @study.arm("two")
+        ... def two(task, trial): trial.log("error", abs(task["truth"] - 2))
+        >>> @study.claim("two is nearer")
+        ... def nearer(results): return results.ratio("error", "two", "zero") < 1
+        >>> sorted(study.arms)
+        ['two', 'zero']
+    """
+
+    slug: str
+    question: str
+    baseline: str | None = None
+    figures: Sequence[Figure] = ()
+    charts: Sequence[Chart] = ()
+    time_limit: float = 1800.0
+    memory_limit: int | None = None
+    objective: str = "validation accuracy"
+    seeds: int = 3
+    options: dict[str, Option] = field(default_factory=dict, init=False)
+    arms: dict[str, Arm] = field(default_factory=dict, init=False)
+    claims: list[Claim] = field(default_factory=list, init=False)
+    _task: Callable[..., Any] | None = field(default=None, init=False)
+    _summary: Callable[..., str] | None = field(default=None, init=False)
+
+    def option(self, name: str, default: Any, choices: Sequence[Any] | None = None, help: str = "") -> None:
+        """Declare what `--set name=value` may set; the task function gets it if it has a parameter of that name."""
+        self.options[name] = Option(name, default, choices, help)
+
+    def task(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Declare what all arms work on: `function(scale, **options)`.
+
+        It is built once before the first trial (so that data are fetched, and trouble with them is told, once) and again, from what is
+        cached by then, in each trial's own process. What is costly to make belongs into `fewer.tasks`, which caches it on disk.
+        Test data belong into the attribute `test`: while settings are tuned it is sealed.
+        """
+        self._task = function
+        return function
+
+    def build_task(self, scale: Scale, settings: Mapping[str, Any]) -> Any:
+        """What the task function makes at this scale, given the options it asks for."""
+        if self._task is None:
+            return None
+        asked = inspect.signature(self._task).parameters
+        return self._task(scale, **{name: settings[name] for name in self.options if name in asked and name in settings})
+
+    def arm(
+        self,
+        name: str,
+        *,
+        against: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        at_full: Mapping[str, Any] | None = None,
+        space: Mapping[str, Space] | None = None,
+        label: str = "",
+    ) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Declare an arm: `function(task, trial)`. `space` says which settings `fewer tune` may choose."""
+
+        def declare(function: Callable[..., None]) -> Callable[..., None]:
+            held_against = against or (self.baseline if self.baseline != name else None)
+            self.arms[name] = Arm(name, function, held_against, dict(settings or {}), dict(at_full or {}), dict(space or {}), label or name)
+            return function
+
+        return declare
+
+    def claim(self, text: str, *, paper: str = "", if_fails: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Declare a claim: `function(results)` returns a comparison of figures (or raises NotTestable)."""
+
+        def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.claims.append(Claim(text, function, paper, if_fails))
+            return function
+
+        return declare
+
+    def summary(self, function: Callable[..., str]) -> Callable[..., str]:
+        """Declare how to say the results in one plain paragraph: `function(results)`."""
+        self._summary = function
+        return function
+
+    def summarise(self, results: Any) -> str:
+        """The plain paragraph, or nothing where the study declares none or the results it needs are missing."""
+        from fewer.study.results import NotTestable
+
+        try:
+            return self._summary(results) if self._summary else ""
+        except NotTestable:
+            return ""
+
+    def choose_options(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """All options with their values, `given` in place of the defaults; UserError on an unknown key or value."""
+        for name in given:
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise UserError(f"--set {name}: {self.slug} has no such option{did_you_mean(name, self.options)} (known: {known})")
+        return {name: option.parse(given[name]) if name in given else option.default for name, option in self.options.items()}
+
+    def choose_arms(self, names: Sequence[str]) -> list[Arm]:
+        """The arms of these names, or all; UserError on an unknown one."""
+        for name in names:
+            if name not in self.arms:
+                raise UserError(f"{self.slug} has no arm {name!r}{did_you_mean(name, self.arms)} (known: {', '.join(self.arms)})")
+        return [arm for arm in self.arms.values() if not names or arm.name in names]

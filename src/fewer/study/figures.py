@@ -1,0 +1,59 @@
+"""What a study shows: the figures of its tables and the charts of its page, as plain data that travel with a record."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """A figure worth a column in the tables.
+
+    Args:
+        name: as the arms log it.
+        label: as the tables call it.
+        unit: "%" shows a fraction times 100; "s", "bytes", "J" and "FLOP" are scaled for reading; "" is a plain number.
+        better: which way is better; "" where neither is.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    better: Literal["higher", "lower", ""] = "lower"
+
+
+class Curve(msgspec.Struct, frozen=True, tag="curve"):
+    """A figure over a coordinate, a curve per arm with its spread over seeds; `x` puts another figure logged at the same coordinates on the axis."""
+
+    figure: str
+    over: str
+    x: str = ""
+    log: bool = False
+    title: str = ""
+
+
+class Bars(msgspec.Struct, frozen=True, tag="bars"):
+    """Figures of each arm relative to those of the arm it is held against (1 is the same)."""
+
+    figures: tuple[str, ...]
+    title: str = ""
+
+
+class Difference(msgspec.Struct, frozen=True, tag="difference"):
+    """A figure of each arm minus that of the arm it is held against, with the spread over seeds."""
+
+    figure: str
+    title: str = ""
+
+
+class Tradeoff(msgspec.Struct, frozen=True, tag="tradeoff"):
+    """Quality against cost, one point an arm, the Pareto front marked."""
+
+    quality: str
+    cost: str
+    log: bool = False
+    title: str = ""
+
+
+Chart = Curve | Bars | Difference | Tradeoff

@@ -1,0 +1,139 @@
+"""`record.json`: the last recorded run of a method's study and bench, made by `fewer record` on a clean commit and by nothing else."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fewer.errors import UserError
+from fewer.study.environment import commit
+from fewer.study.figures import Chart, Figure
+from fewer.study.races import RaceOutcome
+from fewer.study.results import Results, Row
+from fewer.study.runner import Outcome
+from fewer.study.verdicts import Verdict
+
+SIGNIFICANT = 6  # digits kept of each figure
+
+
+class ArmRecord(msgspec.Struct, frozen=True):
+    """An arm as a record knows it."""
+
+    label: str
+    against: str | None  # the arm it is held against
+    settings: dict[str, Any]
+    notes: dict[str, str]  # "settings": where they come from; "energy": how joules were had; ...
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A run of a study with its results: enough to show it without importing the study or running anything."""
+
+    slug: str
+    question: str
+    date: str
+    commit: str
+    seconds: float  # the study's duration, all trials
+    environment: dict[str, Any]
+    scale: str
+    seeds: int
+    options: dict[str, Any]
+    arms: dict[str, ArmRecord]
+    summary: str
+    claims: list[Verdict]
+    races: list[RaceOutcome]
+    failed: dict[str, str]  # "arm, seed N" -> what went wrong
+    shown: list[Figure]
+    charts: list[Chart]
+    figures: dict[
+        str, dict[str, list[tuple[dict[str, Any], list[float | None]]]]
+    ]  # figure -> arm -> (coordinates, values by seed; None is NaN)
+
+    def results(self) -> Results:
+        """The figures as `Results`."""
+        rows = [
+            Row(arm, seed, figure, coordinates, float("nan") if value is None else value)
+            for figure, by_arm in self.figures.items()
+            for arm, points in by_arm.items()
+            for coordinates, values in points
+            for seed, value in enumerate(values)
+        ]
+        return Results(rows, list(self.arms))
+
+
+def refuse_dirty_tree() -> str:
+    """The commit; UserError unless this package runs from a checkout without changes to tracked files."""
+    here = commit()
+    if not here:
+        raise UserError("fewer record needs a checkout of the project with git; clone it and install it with `pip install -e`")
+    if here.endswith("+"):
+        raise UserError("fewer record writes figures of a commit, and tracked files differ from it; commit or stash the changes first")
+    return here
+
+
+def make_record(outcome: Outcome, races: Sequence[RaceOutcome] = ()) -> Record:
+    """A record of a run and its races."""
+    plan = outcome.plan
+    return Record(
+        slug=plan.study.slug,
+        question=plan.study.question,
+        date=datetime.date.today().isoformat(),
+        commit=commit(),
+        seconds=round(outcome.seconds, 1),
+        environment=outcome.environment,
+        scale=plan.scale.value,
+        seeds=len({spec.seed for spec in plan.specs}),
+        options=plan.options,
+        arms={
+            spec.arm: ArmRecord(
+                plan.study.arms[spec.arm].label, plan.study.arms[spec.arm].against, spec.settings, outcome.notes.get(spec.arm, {})
+            )
+            for spec in plan.specs
+        },
+        summary=outcome.summary,
+        claims=outcome.verdicts,
+        races=list(races),
+        failed=outcome.failed,
+        shown=list(plan.study.figures),
+        charts=list(plan.study.charts),
+        figures=_figures(outcome.results),
+    )
+
+
+def _figures(results: Results) -> dict[str, dict[str, list[tuple[dict[str, Any], list[float | None]]]]]:
+    """figure -> arm -> points, values in the order of the seeds and rounded to six digits."""
+    figures: dict[str, dict[str, list[tuple[dict[str, Any], list[float | None]]]]] = {}
+    for figure in results.figures:
+        for arm in results.arms:
+            if results.has(figure, arm):
+                points = results.curve(figure, arm).items()
+                figures.setdefault(figure, {})[arm] = [
+                    [dict(key), [_rounded(by_seed[seed]) for seed in sorted(by_seed)]] for key, by_seed in points
+                ]
+    return figures
+
+
+def _rounded(value: float) -> float | None:
+    return None if value != value else float(f"{value:.{SIGNIFICANT}g}")
+
+
+def write_record(record: Record, folder: Path) -> Path:
+    """Write `record.json` into a method's folder, whole or not at all."""
+    file, part = folder / "record.json", folder / "record.json.part"
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    part.replace(file)
+    return file
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a method's folder, or None; UserError where it cannot be read."""
+    file = folder / "record.json"
+    if not file.exists():
+        return None
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Record)
+    except msgspec.DecodeError as error:
+        raise UserError(f"{file}: not a record of this version ({error}); make it again with `fewer record`") from error

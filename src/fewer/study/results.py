@@ -1,0 +1,215 @@
+"""Figures of all arms and seeds, and what a claim may ask of them: means, ratios, differences, areas, thresholds, each with its spread."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fewer.errors import UserError
+from fewer.papers import did_you_mean
+
+Coordinates = tuple[tuple[str, Any], ...]
+OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+RESAMPLES, CONFIDENCE = 2000, 0.95
+
+
+class NotTestable(Exception):
+    """Raised by a claim, or by the results it asks, when it cannot be tested here; the message is the reason."""
+
+
+class Row(NamedTuple):
+    """One figure of one trial at its coordinates."""
+
+    arm: str
+    seed: int
+    figure: str
+    coordinates: dict[str, Any]
+    value: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An estimate held against a bound."""
+
+    estimate: Estimate
+    op: Literal[">=", "<=", ">", "<"]
+    bound: float
+
+    def __bool__(self) -> bool:
+        return OPERATORS[self.op](self.estimate.value, self.bound)
+
+    def __and__(self, other: Comparison | All) -> All:
+        return All((self,)) & other
+
+
+@dataclass(frozen=True)
+class All:
+    """Comparisons that must all hold."""
+
+    parts: tuple[Comparison, ...]
+
+    def __bool__(self) -> bool:
+        return all(self.parts)
+
+    def __and__(self, other: Comparison | All) -> All:
+        return All(self.parts + (other.parts if isinstance(other, All) else (other,)))
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number estimated over seeds: its value, the 95 % bootstrap interval, and what it is in words."""
+
+    value: float
+    low: float
+    high: float
+    per_seed: np.ndarray = field(repr=False)
+    what: str = ""
+
+    def __ge__(self, bound: float) -> Comparison:
+        return Comparison(self, ">=", float(bound))
+
+    def __le__(self, bound: float) -> Comparison:
+        return Comparison(self, "<=", float(bound))
+
+    def __gt__(self, bound: float) -> Comparison:
+        return Comparison(self, ">", float(bound))
+
+    def __lt__(self, bound: float) -> Comparison:
+        return Comparison(self, "<", float(bound))
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray, what: str = "") -> Estimate:
+    """`statistic` of the samples' means, with the percentile interval over seeds drawn with replacement, paired across the samples.
+
+    >>> estimate = bootstrap(lambda a, b: a / b, np.array([2.0, 4.0]), np.array([1.0, 2.0]))
+    >>> estimate.value, estimate.low, estimate.high
+    (2.0, 2.0, 2.0)
+    """
+    seeds = len(samples[0])
+    draws = np.random.default_rng(0).integers(seeds, size=(RESAMPLES, seeds))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(*(sample.mean() for sample in samples)))
+        resampled = np.asarray(statistic(*(sample[draws].mean(axis=1) for sample in samples)), dtype=float)
+        per_seed = np.asarray(statistic(*samples), dtype=float)
+    tail = (1 - CONFIDENCE) / 2
+    finite = resampled if np.isfinite(resampled).all() else np.full(1, value)
+    low, high = np.quantile(finite, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high), per_seed, what)
+
+
+class Results:
+    """The figures of one run of a study.
+
+    Args:
+        rows: the figures of the finished trials.
+        arms: every arm that the study declares.
+        unfinished: arm -> why figures of it are missing ("was not run", "seed 1 timed out", ...).
+    """
+
+    def __init__(self, rows: Iterable[Row], arms: Sequence[str], unfinished: dict[str, str] | None = None) -> None:
+        self.rows = list(rows)
+        self.arms = list(arms)
+        self.unfinished = dict(unfinished or {})
+        self._values: dict[tuple[str, str], dict[Coordinates, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+        for row in self.rows:
+            self._values[row.figure, row.arm][coordinates_key(row.coordinates)][row.seed] = row.value
+
+    @property
+    def figures(self) -> list[str]:
+        """The names of all figures, in the order in which they first came."""
+        return list(dict.fromkeys(row.figure for row in self.rows))
+
+    def has(self, figure: str, arm: str) -> bool:
+        return (figure, arm) in self._values
+
+    def curve(self, figure: str, arm: str) -> dict[Coordinates, dict[int, float]]:
+        """Every coordinate at which the arm logged the figure, with the value of each seed (NaN included)."""
+        if arm not in self.arms:
+            raise UserError(
+                f"a claim names the arm {arm!r}, which the study does not have{did_you_mean(arm, self.arms)} (known: {', '.join(self.arms)})"
+            )
+        if not self.has(figure, arm):
+            if arm in self.unfinished:
+                raise NotTestable(f"{arm} {self.unfinished[arm]}")
+            if not self.rows:
+                raise NotTestable("no trial finished")
+            near = did_you_mean(figure, self.figures)
+            raise UserError(f"a claim names the figure {figure!r}, which {arm} does not log{near} (known: {', '.join(self.figures)})")
+        return self._values[figure, arm]
+
+    def values(self, figure: str, arm: str, **coordinates: Any) -> np.ndarray:
+        """The figure's values, by seed; NotTestable where one is missing or NaN."""
+        curve = self.curve(figure, arm)
+        key = coordinates_key(coordinates)
+        if key not in curve:
+            known = "; ".join(", ".join(f"{name}={value}" for name, value in point) or "none" for point in list(curve)[:8])
+            raise NotTestable(f"{arm} has no {figure} at {dict(key) or 'no coordinates'} (it has some at: {known})")
+        by_seed = curve[key]
+        for seed, value in by_seed.items():
+            if math.isnan(value):
+                raise NotTestable(f"{figure} of {arm} is NaN for seed {seed}")
+        return np.array([by_seed[seed] for seed in sorted(by_seed)])
+
+    def _paired(self, figure: str, arm: str, other: str, coordinates: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Both arms' values for the seeds that both have."""
+        self.values(figure, arm, **coordinates), self.values(figure, other, **coordinates)
+        key = coordinates_key(coordinates)
+        mine, theirs = self.curve(figure, arm)[key], self.curve(figure, other)[key]
+        seeds = sorted(mine.keys() & theirs.keys())
+        if not seeds:
+            raise NotTestable(f"{arm} and {other} have no seed in common")
+        return np.array([mine[seed] for seed in seeds]), np.array([theirs[seed] for seed in seeds])
+
+    def mean(self, figure: str, arm: str, **coordinates: Any) -> Estimate:
+        """The mean over seeds."""
+        return bootstrap(lambda a: a, self.values(figure, arm, **coordinates), what=f"{figure} of {arm}")
+
+    def ratio(self, figure: str, arm: str, other: str, **coordinates: Any) -> Estimate:
+        """The mean of `arm` over the mean of `other`, paired by seed."""
+        return bootstrap(lambda a, b: a / b, *self._paired(figure, arm, other, coordinates), what=f"{figure}, {arm} / {other}")
+
+    def difference(self, figure: str, arm: str, other: str, **coordinates: Any) -> Estimate:
+        """The mean of `arm` minus the mean of `other`, paired by seed."""
+        return bootstrap(lambda a, b: a - b, *self._paired(figure, arm, other, coordinates), what=f"{figure}, {arm} - {other}")
+
+    def _over(self, figure: str, arm: str, over: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """seed -> (coordinate, value), sorted by the coordinate."""
+        points: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for key, by_seed in self.curve(figure, arm).items():
+            if over in dict(key):
+                for seed, value in by_seed.items():
+                    points[seed].append((float(dict(key)[over]), value))
+        if not points:
+            raise NotTestable(f"{arm} logs no {figure} over {over}")
+        arrays = {seed: np.array(sorted(pairs)).T for seed, pairs in sorted(points.items())}
+        for seed, (_, values) in arrays.items():
+            if np.isnan(values).any():
+                raise NotTestable(f"{figure} of {arm} is NaN for seed {seed}")
+        return {seed: (x, y) for seed, (x, y) in arrays.items()}
+
+    def area(self, figure: str, arm: str, *, over: str) -> Estimate:
+        """The mean height of the figure's curve over a coordinate (trapezoids, divided by the coordinate's range)."""
+        heights = [np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else y[0] for x, y in self._over(figure, arm, over).values()]
+        return bootstrap(lambda a: a, np.array(heights), what=f"mean {figure} of {arm} over {over}")
+
+    def threshold(self, figure: str, arm: str, *, over: str, reach: float, better: Literal["higher", "lower"] = "higher") -> Estimate:
+        """The first coordinate at which the figure reaches a value, or infinity."""
+        met = OPERATORS[">=" if better == "higher" else "<="]
+        first = [
+            next((x for x, y in zip(*curve, strict=True) if met(y, reach)), math.inf) for curve in self._over(figure, arm, over).values()
+        ]
+        return bootstrap(lambda a: a, np.array(first, dtype=float), what=f"{over} at which {figure} of {arm} reaches {reach:g}")
+
+
+def coordinates_key(coordinates: dict[str, Any]) -> Coordinates:
+    """Coordinates as a key, whatever their order."""
+    return tuple(sorted(coordinates.items()))

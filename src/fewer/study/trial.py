@@ -1,0 +1,225 @@
+"""One trial: an arm run with a seed. It is named by plain words, runs anywhere, and tells what it finds as a stream of events."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import random
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from fewer.errors import UserError
+from fewer.study.declaration import Scale, Study
+
+Status = Literal["done", "failed", "out of memory", "timed out", "killed", "pruned"]
+
+
+class TrialSpec(msgspec.Struct, frozen=True):
+    """The full name of a trial. Two trials of equal names give equal quality figures on one machine."""
+
+    module: str  # the study's module, whose `study` is run
+    slug: str
+    arm: str  # "" only prepares the task
+    seed: int
+    scale: Scale
+    settings: dict[str, Any]
+    device: str = "cpu"
+    threads: int = 1
+    tuning: bool = False  # test data sealed, reports answered
+
+    @property
+    def key(self) -> bytes:
+        """What tells this trial from others in a store."""
+        return msgspec.json.encode([self.slug, self.arm, self.seed, self.scale, sorted(self.settings.items()), self.device])
+
+
+class Event(msgspec.Struct, tag_field="event"):
+    """Something a trial says while it runs."""
+
+
+class FigureEvent(Event, tag="figure"):
+    name: str
+    value: float | None  # None is NaN, which JSON cannot say
+    coordinates: dict[str, Any]
+
+
+class ProgressEvent(Event, tag="progress"):
+    done: float
+    total: float
+    text: str
+
+
+class NoteEvent(Event, tag="note"):
+    name: str
+    text: str
+
+
+class ReportEvent(Event, tag="report"):
+    """While tuning: the objective so far; the answer says whether to go on."""
+
+    step: int
+    value: float | None
+
+
+class ObjectiveEvent(Event, tag="objective"):
+    value: float | None
+
+
+class FinishedEvent(Event, tag="finished"):
+    status: Status
+    seconds: float
+    peak_memory: int
+    error: str = ""
+    user_error: bool = False  # the error is one line for the user, who can mend it
+
+
+AnyEvent = FigureEvent | ProgressEvent | NoteEvent | ReportEvent | ObjectiveEvent | FinishedEvent
+Emit = Callable[[AnyEvent], None]
+encode = msgspec.json.Encoder().encode
+decode_event = msgspec.json.Decoder(AnyEvent).decode
+decode_spec = msgspec.json.Decoder(TrialSpec).decode
+
+
+class Pruned(BaseException):
+    """Raised inside a trial that the tuner gives up."""
+
+
+class SealedTestData:
+    """Stands where the test data were while settings are tuned: any use of it is an error."""
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise RuntimeError(
+            "test data are sealed while settings are tuned; leave the arm after trial.objective(...) when trial.tuning is true"
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __call__ = __array__ = _refuse
+
+
+class Trial:
+    """What an arm is given to measure and log with.
+
+    Attributes:
+        seed: everything random comes from it (Python, NumPy and torch are seeded with it already).
+        scale: `Scale.QUICK` or `Scale.FULL`.
+        settings: the study's options and this arm's settings, tuned where they were tuned.
+        device: "cpu" or "cuda".
+        tuning: true while settings are being chosen; test data are sealed then.
+    """
+
+    def __init__(self, spec: TrialSpec, emit: Emit, ask: Callable[[ReportEvent], bool] | None = None) -> None:
+        self.seed, self.scale, self.settings, self.device, self.tuning = spec.seed, spec.scale, spec.settings, spec.device, spec.tuning
+        self._emit, self._ask = emit, ask
+
+    def log(self, figure: str, value: float, **coordinates: Any) -> None:
+        """Log a figure, at coordinates where it is a point of a curve. NaN is kept as NaN."""
+        self._emit(FigureEvent(figure, _number(value), coordinates))
+
+    def note(self, name: str, text: str) -> None:
+        """Keep a line of words with the trial (where a figure comes from, what was done differently)."""
+        self._emit(NoteEvent(name, text))
+
+    def progress(self, done: float, total: float, text: str = "") -> None:
+        """Say how far the trial is."""
+        self._emit(ProgressEvent(done, total, text))
+
+    def report(self, step: int, value: float) -> None:
+        """Say the objective so far (higher is better); while tuning, the trial may end here."""
+        if self.tuning and self._ask and not self._ask(ReportEvent(step, _number(value))):
+            raise Pruned
+
+    def objective(self, value: float) -> None:
+        """Say what the settings are judged by, from validation data; higher is better."""
+        self._emit(ObjectiveEvent(_number(value)))
+
+    @contextlib.contextmanager
+    def measure(self, name: str, **coordinates: Any) -> Iterator[Any]:
+        """Log what the block costs: `NAME.seconds`, `NAME.cpu_seconds`, `NAME.peak_memory` (bytes), `NAME.joules` and every counter fed in it."""
+        from fewer import meters
+
+        with meters.measure() as measurement:
+            yield measurement
+        for figure, value in measurement.figures().items():
+            self.log(f"{name}.{figure}", value, **coordinates)
+        if measurement.energy_source:
+            self.note("energy", measurement.energy_source)
+
+
+def _number(value: float) -> float | None:
+    number = float(value)
+    return None if number != number else number
+
+
+def load_study(module: str) -> Study:
+    """The `study` of a module; UserError in one line where the module cannot be imported or has none."""
+    try:
+        study = getattr(importlib.import_module(module), "study", None)
+    except UserError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"the study {module} cannot be imported: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); mend it or install what it needs"
+        ) from error
+    if not isinstance(study, Study):
+        raise UserError(f"{module} defines no `study`; expected study = Study(...)")
+    return study
+
+
+def run_trial(spec: TrialSpec, emit: Emit, ask: Callable[[ReportEvent], bool] | None = None) -> None:
+    """Run one trial in this process and emit its events, the last of them a FinishedEvent whatever happens."""
+    started = time.perf_counter()
+    status, error, user_error = "done", "", False
+    try:
+        study = load_study(spec.module)
+        if study.memory_limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (study.memory_limit, study.memory_limit))
+        _seed_everything(spec)
+        task = study.build_task(spec.scale, spec.settings)
+        if spec.arm:
+            if spec.tuning:
+                task = _seal(task)
+            _seed_everything(spec)
+            study.arms[spec.arm].run(task, Trial(spec, emit, ask))
+    except Pruned:
+        status = "pruned"
+    except UserError as mistake:
+        status, error, user_error = "failed", str(mistake), True
+    except Exception as failure:
+        status = "out of memory" if _is_out_of_memory(failure) else "failed"
+        error = "".join(traceback.format_exception(failure))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    emit(FinishedEvent(status, time.perf_counter() - started, peak, error, user_error))
+
+
+def _seal(task: Any) -> Any:
+    """The task without its test data."""
+    if not hasattr(task, "test"):
+        return task
+    if dataclasses.is_dataclass(task) and not isinstance(task, type):
+        return dataclasses.replace(task, test=SealedTestData())
+    task.test = SealedTestData()
+    return task
+
+
+def _is_out_of_memory(failure: BaseException) -> bool:
+    return isinstance(failure, MemoryError) or "out of memory" in str(failure).lower() or "can't allocate memory" in str(failure)
+
+
+def _seed_everything(spec: TrialSpec) -> None:
+    """Seed what is random in this process, and let torch use the planned number of threads and repeatable algorithms."""
+    import numpy as np
+
+    random.seed(spec.seed)
+    np.random.seed(spec.seed)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(spec.seed)
+        torch.set_num_threads(spec.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)

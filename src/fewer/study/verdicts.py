@@ -1,0 +1,52 @@
+"""Verdicts: each claim of a study tested on its results."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from fewer.errors import UserError
+from fewer.study.declaration import Claim, Study
+from fewer.study.results import All, Comparison, NotTestable, Results
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """Our figure in a claim, with its spread over seeds and the bound that it was held against."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+    op: str
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}], claimed {self.op} {self.bound:g}"
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What became of a claim."""
+
+    text: str
+    paper: str
+    verdict: Literal["holds", "fails", "not testable here"]
+    ours: tuple[Measured, ...] = ()
+    reason: str = ""  # why it fails or cannot be tested
+
+
+def judge(study: Study, results: Results) -> list[Verdict]:
+    """The verdict on each claim, in the order of their declaration; UserError where a claim names what does not exist."""
+    return [_judge_one(claim, results) for claim in study.claims]
+
+
+def _judge_one(claim: Claim, results: Results) -> Verdict:
+    try:
+        outcome = claim.test(results)
+    except NotTestable as reason:
+        return Verdict(claim.text, claim.paper, "not testable here", reason=str(reason))
+    except UserError as error:
+        raise UserError(f"claim {claim.text!r}: {error}; mend the study") from error
+    comparisons = outcome.parts if isinstance(outcome, All) else (outcome,) if isinstance(outcome, Comparison) else ()
+    ours = tuple(Measured(c.estimate.what, c.estimate.value, c.estimate.low, c.estimate.high, c.op, c.bound) for c in comparisons)
+    return Verdict(claim.text, claim.paper, "holds" if outcome else "fails", ours, "" if outcome else claim.if_fails)
