@@ -10,23 +10,6 @@ This room knows no method. A method's `study.py` declares `study = Study(...)`; 
 ['zero']
 """
 
-from __future__ import annotations
-
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "declaration": ["Scale", "Study"],
-        "engines": ["LocalEngine", "RayEngine"],
-        "figures": ["Bars", "Curve", "Difference", "Figure", "Tradeoff"],
-        "races": ["Bench", "RaceOutcome"],
-        "recording": ["Record", "read_record"],
-        "results": ["Estimate", "NotTestable", "Results"],
-        "runner": ["plan", "run"],
-        "spaces": ["Choice", "LogUniform", "Uniform"],
-        "store": ["Store"],
-        "trial": ["SealedTestData", "Trial"],
-        "verdicts": ["Verdict", "judge"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

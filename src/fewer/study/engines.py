@@ -108,8 +108,9 @@ class _Process:
 
     def stop(self) -> None:
         if self.process.is_alive():
-            self.process.kill() if not self.finished else self.process.join(5)
-        self.process.join(5)
+            if not self.finished:
+                self.process.kill()
+            self.process.join(5)
         if self.process.is_alive():
             self.process.kill()
         self.connection.close()

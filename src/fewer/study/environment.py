@@ -14,6 +14,7 @@ import psutil
 
 import fewer
 
+HOUSE = Path(fewer.__file__).parent
 SHOWN_PACKAGES = ("torch", "numpy", "scikit-learn", "diffusers", "transformers", "peft", "flwr", "torch_geometric", "numba")
 
 
@@ -43,20 +44,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def commit() -> str:
-    """The commit of the checkout this package runs from, with "+" where tracked files differ from it; "" for an installed package."""
+def commit(folder: Path = HOUSE) -> str:
+    """The commit of the checkout that tracks `folder`, with "+" where the tree differs from it; "" where none does."""
     try:
-        if Path(_git("rev-parse", "--show-toplevel")) / "src" / "fewer" != Path(fewer.__file__).resolve().parent:
-            return ""
-        head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        _git(folder, "ls-files", "--error-unmatch", ".")
+        return _git(folder, "rev-parse", "--short=12", "HEAD") + ("+" if _git(folder, "status", "--porcelain", ":/") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:

@@ -64,14 +64,15 @@ class Record(msgspec.Struct, frozen=True):
         return Results(rows, list(self.arms))
 
 
-def refuse_dirty_tree() -> str:
-    """The commit; UserError unless this package runs from a checkout without changes to tracked files."""
-    here = commit()
+def refuse_dirty_tree(folder: Path) -> None:
+    """UserError unless the method's folder stands in a checkout without changes."""
+    here = commit(folder)
     if not here:
-        raise UserError("fewer record needs a checkout of the project with git; clone it and install it with `pip install -e`")
+        raise UserError(
+            f"fewer record writes figures of a commit, and {folder} is tracked by none; clone the project and install it with `pip install -e .`"
+        )
     if here.endswith("+"):
-        raise UserError("fewer record writes figures of a commit, and tracked files differ from it; commit or stash the changes first")
-    return here
+        raise UserError("fewer record writes figures of a commit, and the tree differs from it; commit or stash the changes first")
 
 
 def make_record(outcome: Outcome, races: Sequence[RaceOutcome] = ()) -> Record:
@@ -81,7 +82,7 @@ def make_record(outcome: Outcome, races: Sequence[RaceOutcome] = ()) -> Record:
         slug=plan.study.slug,
         question=plan.study.question,
         date=datetime.date.today().isoformat(),
-        commit=commit(),
+        commit=outcome.environment["commit"],
         seconds=round(outcome.seconds, 1),
         environment=outcome.environment,
         scale=plan.scale.value,
@@ -96,7 +97,7 @@ def make_record(outcome: Outcome, races: Sequence[RaceOutcome] = ()) -> Record:
         summary=outcome.summary,
         claims=outcome.verdicts,
         races=list(races),
-        failed=outcome.failed,
+        failed={trial: why.splitlines()[0].split("Traceback")[0] + why.splitlines()[-1] for trial, why in outcome.failed.items()},
         shown=list(plan.study.figures),
         charts=list(plan.study.charts),
         figures=_figures(outcome.results),
@@ -111,7 +112,7 @@ def _figures(results: Results) -> dict[str, dict[str, list[tuple[dict[str, Any],
             if results.has(figure, arm):
                 points = results.curve(figure, arm).items()
                 figures.setdefault(figure, {})[arm] = [
-                    [dict(key), [_rounded(by_seed[seed]) for seed in sorted(by_seed)]] for key, by_seed in points
+                    (dict(key), [_rounded(by_seed[seed]) for seed in sorted(by_seed)]) for key, by_seed in points
                 ]
     return figures
 

@@ -161,7 +161,8 @@ class Results:
 
     def _paired(self, figure: str, arm: str, other: str, coordinates: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Both arms' values for the seeds that both have."""
-        self.values(figure, arm, **coordinates), self.values(figure, other, **coordinates)
+        for name in (arm, other):
+            self.values(figure, name, **coordinates)  # missing and NaN are told here
         key = coordinates_key(coordinates)
         mine, theirs = self.curve(figure, arm)[key], self.curve(figure, other)[key]
         seeds = sorted(mine.keys() & theirs.keys())

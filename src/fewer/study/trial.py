@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, Literal
 
 import msgspec
@@ -156,17 +157,23 @@ def _number(value: float) -> float | None:
     return None if number != number else number
 
 
-def load_study(module: str) -> Study:
-    """The `study` of a module; UserError in one line where the module cannot be imported or has none."""
+def import_part(module: str) -> ModuleType:
+    """A method's module; UserError in one line, with the place, where it is not there or raises."""
     try:
-        study = getattr(importlib.import_module(module), "study", None)
+        return importlib.import_module(module)
     except UserError:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}, line {place.lineno}"
         raise UserError(
-            f"the study {module} cannot be imported: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); mend it or install what it needs"
+            f"{module} cannot be imported: {type(error).__name__}: {error} ({where}); mend it, or install what it needs"
         ) from error
+
+
+def load_study(module: str) -> Study:
+    """The `study` of a module; UserError where the module cannot be imported or has none."""
+    study = getattr(import_part(module), "study", None)
     if not isinstance(study, Study):
         raise UserError(f"{module} defines no `study`; expected study = Study(...)")
     return study
@@ -204,7 +211,7 @@ def _seal(task: Any) -> Any:
         return task
     if dataclasses.is_dataclass(task) and not isinstance(task, type):
         return dataclasses.replace(task, test=SealedTestData())
-    task.test = SealedTestData()
+    setattr(task, "test", SealedTestData())  # noqa: B010 - any object
     return task
 
 

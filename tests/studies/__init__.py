@@ -1,0 +1,1 @@
+"""Tiny studies that the tests of the house run for real."""
