@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 
@@ -25,6 +27,7 @@ class Epoch(NamedTuple):
 
 
 Callback = Callable[[Epoch], None]
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -35,12 +38,14 @@ class History:
         epochs: one `Epoch` per stage and epoch, in order.
         best: the epoch whose state each stage kept.
         notes: what the trainer did differently from what was asked, in words (a cache that did not fit, ...).
+        cache_bytes: what the trainer held of its own to save time (the inputs of the layer being trained, ...).
         seconds: wall time of the whole fit.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
     best: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    cache_bytes: int = 0
     seconds: float = 0.0
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
@@ -49,10 +54,19 @@ class History:
         self.seconds = time.perf_counter() - self._started
         line = Epoch(stage, epoch, train_loss, *validation, self.seconds)
         self.epochs.append(line)
-        if not math.isfinite(train_loss):
-            raise FloatingPointError(f"the loss of {stage} is {train_loss} in epoch {epoch}; the last finite state is kept: try a lower lr")
+        validated = not math.isnan(line.validation_accuracy)
+        for loss, kind in [(train_loss, "loss"), (line.validation_loss if validated else 0.0, "validation loss")]:
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the {kind} of {stage} is {loss} in epoch {epoch}; expected a finite number, the last finite state is kept: try a lower lr"
+                )
         for callback in callbacks:
             callback(line)
+
+    def stop_clock(self) -> Self:
+        """The same history, its `seconds` up to now."""
+        self.seconds = time.perf_counter() - self._started
+        return self
 
 
 class EarlyStopping:
@@ -62,25 +76,110 @@ class EarlyStopping:
         modules: the modules whose state is kept.
         patience: epochs without improvement before stopping; None keeps the best state but never stops.
         min_delta: by how much a score must beat the best one to count as better.
+        stage: what is being trained, for the error message.
 
-    Higher scores are better: pass the negative of a loss. `restore` puts the best state back (the released code keeps the last).
+    Higher scores are better: pass the negative of a loss, or nan without validation data (each epoch then counts as better).
+    As a context manager it puts the best state back at the end (the released code keeps the last), and on FloatingPointError
+    the last finite one: that of the last epoch that `update` took, or the initial state.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], patience: int | None, min_delta: float = 0.0) -> None:
-        self.modules, self.patience, self.min_delta = list(modules), patience, min_delta
+    def __init__(self, modules: Iterable[nn.Module], patience: int | None, min_delta: float = 0.0, stage: str = "the network") -> None:
+        self.modules, self.patience, self.min_delta, self.stage = list(modules), patience, min_delta, stage
         self.best_score, self.best_epoch = -math.inf, 0
-        self._state: list[dict[str, Tensor]] = []
+        self._best: list[dict[str, Tensor]] = []
+        self._last = self._copy([])  # held only while it is not the best
 
     def update(self, score: float, epoch: int) -> bool:
         """Take in the score of an epoch (from 1); true when training should stop."""
-        if score > self.best_score + self.min_delta or not self._state:
+        if not all(value.isfinite().all() for state in self._states() for value in state.values()):
+            raise FloatingPointError(
+                f"the weights of {self.stage} are not finite after epoch {epoch}; the last finite state is kept: try a lower lr"
+            )
+        if not self._best or math.isnan(score) or score > self.best_score + self.min_delta:
             self.best_score, self.best_epoch = score, epoch
-            self._state = [{name: value.detach().clone() for name, value in module.state_dict().items()} for module in self.modules]
+            self._best, self._last = self._copy(self._best or self._last), []
+        else:
+            self._last = self._copy(self._last)
         return self.patience is not None and epoch - self.best_epoch >= self.patience
 
     def restore(self) -> None:
-        for module, state in zip(self.modules, self._state, strict=bool(self._state)):
+        """Put the best state back."""
+        self._load(self._best or self._last)
+
+    def restore_last(self) -> None:
+        """Put the last state back that `update` took."""
+        self._load(self._last or self._best)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.restore()
+        elif issubclass(kind, FloatingPointError):
+            self.restore_last()
+
+    def _states(self) -> list[dict[str, Tensor]]:
+        return [module.state_dict() for module in self.modules]
+
+    @torch.no_grad()
+    def _copy(self, old: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """A copy of the present state, in the memory of the old one."""
+        if not old:
+            return [{name: value.clone() for name, value in state.items()} for state in self._states()]
+        for kept, state in zip(old, self._states(), strict=True):
+            for name, value in state.items():
+                kept[name].copy_(value)
+        return old
+
+    def _load(self, states: list[dict[str, Tensor]]) -> None:
+        for module, state in zip(self.modules, states, strict=True):
             module.load_state_dict(state)
+
+
+def train_stage(
+    stage: str,
+    step: Callable[[Tensor, Tensor], Tensor],
+    batches: Callable[[], Batches],
+    evaluate: Callable[[], tuple[float, float]],
+    *,
+    stopping: EarlyStopping,
+    epochs: int,
+    history: History,
+    callbacks: Iterable[Callback],
+) -> None:
+    """Train one stage: at most `epochs` passes over the batches, its best state kept.
+
+    Args:
+        stage: its name in the history.
+        step: takes a batch (x, y), updates the weights and returns the batch's mean loss.
+        batches: gives one epoch's batches.
+        evaluate: gives (loss, accuracy) on the validation data, (nan, nan) without any.
+    """
+    with stopping:
+        for epoch in range(1, epochs + 1):
+            total, rows = torch.zeros(()), 0
+            for x, y in batches():
+                loss = step(x, y)
+                total, rows = total.to(loss.device) + loss * len(y), rows + len(y)
+            if rows == 0:
+                raise ValueError("x yields no batches; expected at least one: check the DataLoader")
+            history.add(stage, epoch, float(total) / rows, evaluate(), callbacks)
+            if stopping.update(-history.epochs[-1].validation_loss, epoch):
+                break
+    history.best[stage] = stopping.best_epoch
+
+
+@torch.no_grad()
+def mean_loss_and_accuracy(scores: Callable[[Tensor], Tensor], batches: Batches) -> tuple[float, float]:
+    """Mean cross-entropy and fraction of rows whose highest score is their label's; (nan, nan) where there are no rows."""
+    loss, correct, rows = torch.zeros(()), torch.zeros(()), 0
+    for x, y in batches:
+        given = scores(x)
+        loss = loss.to(given.device) + F.cross_entropy(given, y, reduction="sum")
+        correct = correct.to(given.device) + (given.argmax(1) == y).sum()
+        rows += len(y)
+    return (float(loss) / rows, float(correct) / rows) if rows else (math.nan, math.nan)
 
 
 class Examples:
@@ -103,6 +202,14 @@ class Examples:
             self.x, self.y = x, y
         self.num_classes = num_classes
 
+    @classmethod
+    def of_validation(cls, validation: tuple[Tensor, Tensor] | DataLoader | None, *, num_classes: int) -> Examples | None:
+        """The validation data as examples, or None."""
+        if validation is None or (isinstance(validation, tuple) and len(validation[0]) == 0):
+            return None
+        x, y = (validation, None) if isinstance(validation, DataLoader) else validation
+        return cls(x, y, num_classes=num_classes, name="x of validation")
+
     def batches(
         self, batch_size: int, *, generator: torch.Generator | None = None, shuffle: bool = False, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -111,25 +218,38 @@ class Examples:
             for x, y in self.loader:
                 check_features(x, "a batch of x")
                 check_labels(y, len(x), self.num_classes)
-                yield x.to(device), y.to(device)
+                yield x.to(device), y.to(device, torch.long)
             return
         assert self.x is not None
         assert self.y is not None
-        order = torch.randperm(len(self.x), generator=generator) if shuffle else None
-        for start in range(0, len(self.x), batch_size):
-            if order is None:
-                xb, yb = self.x[start : start + batch_size], self.y[start : start + batch_size]
-            else:
-                index = order[start : start + batch_size].to(self.x.device)
-                xb, yb = self.x[index], self.y[index]
-            yield xb.to(device), yb.to(device)
+        yield from batches_of(self.x, self.y, batch_size, generator=generator, shuffle=shuffle, device=device)
+
+
+def batches_of(
+    x: Tensor,
+    y: Tensor,
+    batch_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    shuffle: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x, y) batches on `device`, in order or shuffled with `generator`; the last may be shorter."""
+    order = torch.randperm(len(x), generator=generator, device=generator.device if generator else None).to(x.device) if shuffle else None
+    for start in range(0, len(x), batch_size):
+        rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+        yield x[rows].to(device), y[rows].to(device, torch.long)
 
 
 def check_features(x: object, name: str = "x") -> None:
     """ValueError unless x is a float tensor with a first dimension of at least 1 and only finite values."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
         given = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} is {given}; expected a float tensor [N, ...] with N >= 1: convert it with torch.as_tensor(x, dtype=torch.float32)")
+        raise ValueError(
+            f"{name} is {given}; expected a float tensor [N, ...] with N >= 1: convert it with torch.as_tensor(x, dtype=torch.float32)"
+        )
+    if x.sum().isfinite():  # cheap, and enough: one value that is not finite makes the sum not finite
+        return
     rows = x.flatten(1).isfinite().all(1)
     if not rows.all():
         row = int((~rows).nonzero()[0])
