@@ -95,6 +95,7 @@ class _Process:
             self.stop()
 
     def _ended(self, status: Any, error: str) -> FinishedEvent:
+        self.process.kill()
         self.finished = True
         return FinishedEvent(status, time.monotonic() - self.started, 0, error)
 

@@ -101,8 +101,7 @@ def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray, what: str = "
         resampled = np.asarray(statistic(*(sample[draws].mean(axis=1) for sample in samples)), dtype=float)
         per_seed = np.asarray(statistic(*samples), dtype=float)
     tail = (1 - CONFIDENCE) / 2
-    finite = resampled if np.isfinite(resampled).all() else np.full(1, value)
-    low, high = np.quantile(finite, [tail, 1 - tail])
+    low, high = np.quantile(resampled, [tail, 1 - tail]) if np.isfinite(resampled).all() else (value, value)
     return Estimate(value, float(low), float(high), per_seed, what)
 
 

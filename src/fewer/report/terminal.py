@@ -1,0 +1,251 @@
+"""Terminal views of cards and records, by rich."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fewer.doctor import Finding
+from fewer.papers import Card
+from fewer.report.quantities import show
+from fewer.study.figures import Curve, Figure
+from fewer.study.races import RaceOutcome
+from fewer.study.recording import Record
+from fewer.study.results import Results
+from fewer.study.settings import RecordedTuning
+from fewer.study.verdicts import Verdict
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+MARKS = {"holds": ("✓ holds", "green"), "fails": ("✗ fails", "red"), "not testable here": ("? not testable here", "yellow")}
+SPARK_WIDTH = 24
+
+
+def _table(title: str = "", **kwargs: Any) -> Table:
+    return Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, **kwargs)
+
+
+def cards_table(cards: Sequence[Card]) -> Table:
+    """The methods, a row each."""
+    table = _table()
+    for column in ("method", "area", "what it does for you", "saves", "claims here"):
+        table.add_column(column, overflow="fold", no_wrap=column == "method")
+    for card in cards:
+        table.add_row(card.slug, card.area, card.summary, ", ".join(card.saves), verdict_counts(card))
+    return table
+
+
+def verdict_counts(card: Card) -> str:
+    """ "3 hold, 2 fail, 1 not testable"."""
+    counts = card.verdicts
+    words = [(counts["holds"], "hold"), (counts["fails"], "fail"), (counts["not testable here"], "not testable")]
+    return ", ".join(f"{count} {word}" for count, word in words if count) or "not recorded yet"
+
+
+def card_view(card: Card) -> RenderableType:
+    """A method's whole card, with the verdicts of its record."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in (
+        ("what it does for you", card.summary),
+        ("when not", card.when_not),
+        ("what it costs", card.costs),
+        ("replaces", card.replaces),
+        ("saves", ", ".join(card.saves)),
+        ("applies to", "; ".join(card.applies_to)),
+        ("needs", card.needs),
+        ("peers", ", ".join(card.peers)),
+        ("paper", f"{card.title} ({', '.join(card.authors)}, {card.year})"),
+        ("arXiv", ", ".join(card.arxiv)),
+        ("authors' code", f"{card.code} ({card.code_license})" if card.code else ""),
+        ("in Python", f"import {card.package}"),
+        ("install", f"pip install 'fewer[{card.extra}]'"),
+        ("run", "; ".join([f"fewer run {card.slug}", *(f"fewer {verb.name}" for verb in card.commands)])),
+    ):
+        if value:
+            facts.add_row(name, Text(value))
+    parts: list[RenderableType] = [Text(f"{card.slug}", style="bold"), facts, _paper_results(card)]
+    if card.record:
+        record = msgspec.convert(card.record, Record)
+        parts += [verdicts_table(record.claims), Text(machine_line(record.environment, record.date), style="dim")]
+    return Group(*parts)
+
+
+def _paper_results(card: Card) -> Table:
+    table = _table("The paper's own numbers")
+    for column in ("metric", "setting", "value", "baseline", "source"):
+        table.add_column(column, overflow="fold")
+    for result in card.results:
+        baseline = result.baseline + (f": {result.baseline_value:g}{_unit(result.unit)}" if result.baseline_value is not None else "")
+        table.add_row(result.metric, result.setting, f"{result.value:g}{_unit(result.unit)}", baseline, result.source)
+    return table
+
+
+def _unit(unit: str) -> str:
+    return f" {unit}" if unit else ""
+
+
+def run_view(record: Record) -> RenderableType:
+    """All of a run: settings, figures, curves, verdicts, the plain paragraph, the machine."""
+    parts: list[RenderableType] = [settings_table(record), results_table(record)]
+    parts += [curves_table(record, chart) for chart in record.charts if isinstance(chart, Curve)]
+    parts.append(verdicts_table(record.claims))
+    if record.races:
+        parts.append(races_table(record.races))
+    if record.summary:
+        parts += [Padding(Text(record.summary), (0, 0, 1, 0))]
+    if any("estimate" in arm.notes.get("energy", "") for arm in record.arms.values()):
+        parts.append(Text("Joules are estimated, not metered.", style="dim"))
+    parts.append(Text(machine_line(record.environment, record.date), style="dim"))
+    return Group(*parts)
+
+
+def results_table(record: Record) -> Table:
+    """An arm a row, a shown figure a column: the mean and, below it, the range over seeds; a star marks the better of an arm and the one it is held against."""
+    results = record.results()
+    table = _table(f"{record.question} ({record.seeds} seeds: mean, lowest to highest; * better than the arm it is held against)")
+    table.add_column("arm", overflow="fold")
+    for figure in record.shown:
+        table.add_column(figure.label, justify="right", overflow="fold")
+    for name, arm in record.arms.items():
+        against = f"\n  against {record.arms[arm.against].label}" if arm.against in record.arms else ""
+        table.add_row(arm.label + against, *(_cell(results, figure, name, arm.against) for figure in record.shown))
+    return table
+
+
+def _cell(results: Results, figure: Figure, arm: str, against: str | None) -> str:
+    values = seed_values(results, figure.name, arm)
+    if not len(values):
+        return "-"
+    mean = float(np.mean(values))
+    star = " *" if against and is_better(results, figure, arm, against) else ""
+    spread = "" if len(values) == 1 or np.ptp(values) == 0 or math.isnan(mean) else f"\n{show(values.min(), figure.unit)} to {show(values.max(), figure.unit)}"
+    return f"{show(mean, figure.unit)}{star}{spread}"
+
+
+def seed_values(results: Results, figure: str, arm: str) -> np.ndarray:
+    """An arm's values of a figure without coordinates, NaN included; empty where there are none."""
+    if not results.has(figure, arm):
+        return np.array([])
+    by_seed = results.curve(figure, arm).get((), {})
+    return np.array([by_seed[seed] for seed in sorted(by_seed)])
+
+
+def is_better(results: Results, figure: Figure, arm: str, against: str) -> bool:
+    """Whether an arm's mean is the better one; of NaN neither is."""
+    mine, theirs = seed_values(results, figure.name, arm), seed_values(results, figure.name, against)
+    if not figure.better or not len(mine) or not len(theirs):
+        return False
+    return bool(mine.mean() > theirs.mean() if figure.better == "higher" else mine.mean() < theirs.mean())
+
+
+def curves_table(record: Record, chart: Curve) -> Table:
+    """A sparkline an arm: the mean over seeds over the coordinate."""
+    results = record.results()
+    table = _table(chart.title or f"{chart.figure} over {chart.over}")
+    for column in ("arm", "first", "", "last", f"{chart.over} from, to"):
+        table.add_column(column, overflow="fold")
+    for name, arm in record.arms.items():
+        if not results.has(chart.figure, name):
+            continue
+        points = sorted((dict(key)[chart.over], float(np.mean(list(by_seed.values())))) for key, by_seed in results.curve(chart.figure, name).items())
+        unit = next((figure.unit for figure in record.shown if figure.name == chart.figure), "")
+        values = [value for _, value in points]
+        ends = f"{points[0][0]:g}, {points[-1][0]:g}"
+        table.add_row(arm.label, show(values[0], unit), sparkline(values), show(values[-1], unit), ends)
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
+    """Values as a line of blocks, thinned to a width; NaN is a gap.
+
+    >>> sparkline([0, 1, 2, 3]), sparkline([1.0, float("nan"), 1.0])
+    ('▁▃▅█', '▁ ▁')
+    """
+    if len(values) > width:
+        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return " " * len(values)
+    low, span = min(finite), max(finite) - min(finite) or 1.0
+    return "".join(BLOCKS[int((value - low) / span * (len(BLOCKS) - 1))] if math.isfinite(value) else " " for value in values)
+
+
+def settings_table(record: Record) -> Table:
+    """The settings of each arm and where they come from."""
+    table = _table("Settings")
+    for column in ("arm", "settings", "where they come from"):
+        table.add_column(column, overflow="fold")
+    for arm in record.arms.values():
+        own = {name: value for name, value in arm.settings.items() if name not in record.options}
+        table.add_row(arm.label, settings_line(own), arm.notes.get("settings", ""))
+    return table
+
+
+def settings_line(settings: dict[str, Any]) -> str:
+    """ "lr=0.001, epochs=5"."""
+    return ", ".join(f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items()) or "-"
+
+
+def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
+    """Each claim with the paper's figure, ours with its spread, and the verdict."""
+    table = _table("The paper's claims, on this machine")
+    table.add_column("verdict", overflow="fold", min_width=7)
+    table.add_column("claim", overflow="fold", ratio=3)
+    table.add_column("paper", overflow="fold", ratio=2)
+    table.add_column("here [95 % over seeds]", overflow="fold", ratio=3)
+    for verdict in verdicts:
+        word, style = MARKS[verdict.verdict]
+        here = "\n".join([*map(str, verdict.ours), *([verdict.reason] if verdict.reason else [])])
+        table.add_row(Text(word, style=style), Text(verdict.text), Text(verdict.paper), Text(here))
+    return table
+
+
+def races_table(races: Sequence[RaceOutcome]) -> Table:
+    """Each race with its ratio, ours over the peer's, and what it should reach."""
+    table = _table("Races (ours / the peer's, median of pairs; below 1 is in our favour)")
+    for column in ("race", "peer", "ratio", "10-90 %", "asked for", "ours", "peer's"):
+        table.add_column(column, overflow="fold")
+    for race in races:
+        asked = "-" if race.reach is None else f"≤ {race.reach:g}: {'reached' if race.reached else 'not reached'}"
+        spread = f"{race.low:.3g} to {race.high:.3g}" if race.kind == "time" else "-"
+        table.add_row(race.name, race.peer, f"{race.ratio:.3g}", spread, asked, show(race.ours, race.unit), show(race.theirs, race.unit))
+    return table
+
+
+def tunings_table(tunings: Sequence[RecordedTuning], objective: str) -> Table:
+    """The best settings of each arm and the budget they were found with."""
+    table = _table("Tuned settings")
+    for column in ("arm", "settings", objective, "trials", "pruned"):
+        table.add_column(column, overflow="fold")
+    for tuning in tunings:
+        table.add_row(tuning.arm, settings_line(tuning.settings), f"{tuning.objective:.4f}", str(tuning.trials), str(tuning.pruned))
+    return table
+
+
+def findings_table(title: str, findings: Sequence[Finding]) -> Table:
+    """What the doctor found."""
+    table = _table(title)
+    for column in ("", "what", "what it means"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(Text("✓" if finding.found else "✗", style="green" if finding.found else "yellow"), finding.what, Text(finding.means))
+    return table
+
+
+def machine_line(environment: dict[str, Any], date: str) -> str:
+    """ "2026-11-23, 2 cores (AMD EPYC), 24 GiB, Linux x86_64, Python 3.11.7, torch 2.13.0, commit abc"."""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    commit = f", commit {environment['commit']}" if environment.get("commit") else ""
+    memory = f"{environment['memory'] / 2**30:.0f} GiB"
+    processor = f"{environment['cores']} cores ({environment['processor']})"
+    return f"{date}, {processor}, {memory}, {environment['system']}, Python {environment['python']}, {packages}, fewer {environment['fewer']}{commit}"

@@ -1,1 +1,0 @@
-"""Tiny studies that the tests of the house run for real."""
