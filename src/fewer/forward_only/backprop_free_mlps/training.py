@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -137,49 +138,64 @@ class EarlyStopping:
             module.load_state_dict(state)
 
 
-def train_stage(
-    stage: str,
+def train_stages(
+    stages: Sequence[str],
     step: Callable[[Tensor, Tensor], Tensor],
     batches: Callable[[], Batches],
-    evaluate: Callable[[], tuple[float, float]],
+    evaluate: Callable[[], Sequence[tuple[float, float]]],
     *,
     stopping: EarlyStopping,
     epochs: int,
     history: History,
     callbacks: Iterable[Callback],
 ) -> None:
-    """Train one stage: at most `epochs` passes over the batches, its best state kept.
+    """Train stages that run side by side: at most `epochs` passes over the batches, the best state kept.
 
     Args:
-        stage: its name in the history.
-        step: takes a batch (x, y), updates the weights and returns the batch's mean loss.
+        stages: their names in the history; the last one's validation loss decides when to stop.
+        step: takes a batch (x, y), updates the weights and returns the batch's mean loss for each stage [stages].
         batches: gives one epoch's batches.
-        evaluate: gives (loss, accuracy) on the validation data, (nan, nan) without any.
+        evaluate: gives (loss, accuracy) on the validation data for each stage, (nan, nan) without any.
     """
     with stopping:
         for epoch in range(1, epochs + 1):
-            total, rows = torch.zeros(()), 0
+            total, rows = torch.zeros(len(stages)), 0
             for x, y in batches():
-                loss = step(x, y)
-                total, rows = total.to(loss.device) + loss * len(y), rows + len(y)
+                losses = step(x, y)
+                total, rows = total.to(losses.device) + losses * len(y), rows + len(y)
             if rows == 0:
                 raise ValueError("x yields no batches; expected at least one: check the DataLoader")
-            history.add(stage, epoch, float(total) / rows, evaluate(), callbacks)
+            for stage, loss, validation in zip(stages, (total / rows).tolist(), evaluate(), strict=True):
+                history.add(stage, epoch, loss, validation, callbacks)
             if stopping.update(-history.epochs[-1].validation_loss, epoch):
                 break
-    history.best[stage] = stopping.best_epoch
+    history.best.update(dict.fromkeys(stages, stopping.best_epoch))
+
+
+def train_stage(
+    stage: str,
+    step: Callable[[Tensor, Tensor], Tensor],
+    batches: Callable[[], Batches],
+    evaluate: Callable[[], tuple[float, float]],
+    **settings: Any,
+) -> None:
+    """`train_stages` for one stage: `step` returns one loss, `evaluate` one (loss, accuracy)."""
+    train_stages([stage], lambda x, y: step(x, y)[None], batches, lambda: [evaluate()], **settings)
 
 
 @torch.no_grad()
-def mean_loss_and_accuracy(scores: Callable[[Tensor], Tensor], batches: Batches) -> tuple[float, float]:
-    """Mean cross-entropy and fraction of rows whose highest score is their label's; (nan, nan) where there are no rows."""
-    loss, correct, rows = torch.zeros(()), torch.zeros(()), 0
+def mean_losses_and_accuracies(scores: Callable[[Tensor], Sequence[Tensor]], batches: Batches, stages: int) -> list[tuple[float, float]]:
+    """For each stage's scores: mean cross-entropy and the fraction of rows whose highest score is their label's; nan without rows."""
+    totals, rows = torch.zeros(stages, 2), 0
     for x, y in batches:
-        given = scores(x)
-        loss = loss.to(given.device) + F.cross_entropy(given, y, reduction="sum")
-        correct = correct.to(given.device) + (given.argmax(1) == y).sum()
-        rows += len(y)
-    return (float(loss) / rows, float(correct) / rows) if rows else (math.nan, math.nan)
+        figures = [torch.stack([F.cross_entropy(given, y, reduction="sum"), (given.argmax(1) == y).sum()]) for given in scores(x)]
+        totals, rows = totals.to(y.device) + torch.stack(figures), rows + len(y)
+    return [(loss / rows, correct / rows) if rows else (math.nan, math.nan) for loss, correct in totals.tolist()]
+
+
+def mean_loss_and_accuracy(scores: Callable[[Tensor], Tensor], batches: Batches) -> tuple[float, float]:
+    """`mean_losses_and_accuracies` for one stage."""
+    return mean_losses_and_accuracies(lambda x: [scores(x)], batches, 1)[0]
 
 
 class Examples:
@@ -188,9 +204,14 @@ class Examples:
     Args:
         x: float tensor [N, ...], or a DataLoader that yields (x, y) batches (its own batch size and order are then used).
         y: integer tensor [N]; None with a DataLoader.
+        num_classes: labels are 0..num_classes-1.
+        in_features: entries that an example must have, flattened; None for any.
+        name: what the error messages call x.
     """
 
-    def __init__(self, x: Tensor | DataLoader, y: Tensor | None, *, num_classes: int, name: str = "x") -> None:
+    def __init__(
+        self, x: Tensor | DataLoader, y: Tensor | None, *, num_classes: int, in_features: int | None = None, name: str = "x"
+    ) -> None:
         self.loader = x if isinstance(x, DataLoader) else None
         self.x = self.y = None
         if isinstance(x, DataLoader):
@@ -198,17 +219,20 @@ class Examples:
                 raise ValueError(f"{name} is a DataLoader, which brings its own labels, and y was given too; pass y=None")
         else:
             check_features(x, name)
+            check_width(x, in_features, name)
             check_labels(y, len(x), num_classes)
             self.x, self.y = x, y
-        self.num_classes = num_classes
+        self.num_classes, self.in_features = num_classes, in_features
 
     @classmethod
-    def of_validation(cls, validation: tuple[Tensor, Tensor] | DataLoader | None, *, num_classes: int) -> Examples | None:
+    def of_validation(
+        cls, validation: tuple[Tensor, Tensor] | DataLoader | None, *, num_classes: int, in_features: int | None = None
+    ) -> Examples | None:
         """The validation data as examples, or None."""
         if validation is None or (isinstance(validation, tuple) and len(validation[0]) == 0):
             return None
         x, y = (validation, None) if isinstance(validation, DataLoader) else validation
-        return cls(x, y, num_classes=num_classes, name="x of validation")
+        return cls(x, y, num_classes=num_classes, in_features=in_features, name="x of validation")
 
     def batches(
         self, batch_size: int, *, generator: torch.Generator | None = None, shuffle: bool = False, device: torch.device | str = "cpu"
@@ -217,6 +241,7 @@ class Examples:
         if self.loader is not None:
             for x, y in self.loader:
                 check_features(x, "a batch of x")
+                check_width(x, self.in_features, "a batch of x")
                 check_labels(y, len(x), self.num_classes)
                 yield x.to(device), y.to(device, torch.long)
             return
@@ -256,6 +281,13 @@ def check_features(x: object, name: str = "x") -> None:
         raise ValueError(f"{name} has a NaN or infinite value in row {row}; expected finite values: clean or drop that row")
 
 
+def check_width(x: Tensor, in_features: int | None, name: str = "x") -> None:
+    """ValueError unless an example, flattened, has `in_features` entries."""
+    width = math.prod(x.shape[1:])
+    if in_features is not None and width != in_features:
+        raise ValueError(f"{name} has {width} features an example; expected {in_features}: the model was built for that width")
+
+
 def check_labels(y: object, rows: int, num_classes: int) -> None:
     """ValueError unless y is an integer tensor [rows] with values in 0..num_classes-1."""
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.shape != (rows,):
@@ -280,10 +312,32 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} is {value}; expected a finite number above 0")
 
 
-def check_sizes(in_features: int, hidden_sizes: Iterable[int], num_classes: int) -> None:
+def check_not_negative(**values: float) -> None:
+    """ValueError naming the first value that is not a finite number of at least zero."""
+    for name, value in values.items():
+        if not value >= 0 or not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; expected a finite number of at least 0")
+
+
+def check_whole(least: int = 1, **values: int) -> None:
+    """ValueError naming the first value that is not a whole number of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name} is {value}; expected a whole number of at least {least}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def check_sizes(
+    in_features: int, hidden_sizes: Iterable[int], num_classes: int, names: tuple[str, str] = ("in_features", "hidden_sizes")
+) -> None:
     """ValueError unless every layer size is a positive integer and there is at least one hidden layer and two classes."""
     sizes = list(hidden_sizes)
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"hidden_sizes is {sizes}; expected at least one positive integer, such as (1000, 1000)")
-    if in_features < 1 or num_classes < 2:
-        raise ValueError(f"in_features is {in_features} and num_classes {num_classes}; expected at least 1 and at least 2")
+    if not sizes or any(not isinstance(size, numbers.Integral) or size < 1 for size in sizes):
+        raise ValueError(f"{names[1]} is {sizes}; expected at least one whole number above 0, such as (1000, 1000)")
+    check_whole(**{names[0]: in_features})
+    check_whole(least=2, num_classes=num_classes)
