@@ -148,14 +148,16 @@ def train_stages(
     epochs: int,
     history: History,
     callbacks: Iterable[Callback],
+    score: Callable[[Epoch], float] = lambda line: -line.validation_loss,
 ) -> None:
     """Train stages that run side by side: at most `epochs` passes over the batches, the best state kept.
 
     Args:
-        stages: their names in the history; the last one's validation loss decides when to stop.
+        stages: their names in the history; the last one decides when to stop.
         step: takes a batch (x, y), updates the weights and returns the batch's mean loss for each stage [stages].
         batches: gives one epoch's batches.
         evaluate: gives (loss, accuracy) on the validation data for each stage, (nan, nan) without any.
+        score: how good the last stage's epoch was; higher is better.
     """
     with stopping:
         for epoch in range(1, epochs + 1):
@@ -167,7 +169,7 @@ def train_stages(
                 raise ValueError("x yields no batches; expected at least one: check the DataLoader")
             for stage, loss, validation in zip(stages, (total / rows).tolist(), evaluate(), strict=True):
                 history.add(stage, epoch, loss, validation, callbacks)
-            if stopping.update(-history.epochs[-1].validation_loss, epoch):
+            if stopping.update(score(history.epochs[-1]), epoch):
                 break
     history.best.update(dict.fromkeys(stages, stopping.best_epoch))
 
