@@ -18,7 +18,18 @@ os.environ.setdefault("FEWER_DATA", str(ROOT / ".." / "shared" / "data"))
 def outside(tmp_path_factory):
     """The folder into which the tiny outside package `guessing` has been installed."""
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--target", str(target), str(ROOT / "tests" / "outside")]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+        str(ROOT / "tests" / "outside"),
+    ]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": ""})
     return target
 
@@ -28,7 +39,9 @@ def fewer(outside, tmp_path):
     """`fewer(...)`: the command line run in a fresh process, in a folder of its own, with the outside package installed."""
 
     def run(*words: str, cwd: Path = tmp_path, status: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command(*words), cwd=cwd, env=command_environment(outside, **environment), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command(*words), cwd=cwd, env=command_environment(outside, **environment), capture_output=True, text=True, timeout=300
+        )
         if status is not None:
             assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

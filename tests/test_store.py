@@ -87,7 +87,9 @@ def test_a_store_of_the_first_version_is_brought_up_to_date_with_its_trials(path
     path.parent.mkdir()
     with sqlite3.connect(path) as db:
         db.executescript(f"{MIGRATIONS[0]} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1;")
-        db.execute("INSERT INTO trials (key, slug, arm, seed, scale, settings, device, status, started) VALUES (x'00', 'guessing', 'a', 0, 'quick', '{}', 'cpu', 'done', 0)")
+        db.execute(
+            "INSERT INTO trials (key, slug, arm, seed, scale, settings, device, status, started) VALUES (x'00', 'guessing', 'a', 0, 'quick', '{}', 'cpu', 'done', 0)"
+        )
     db.close()
     with Store(path) as store:
         assert [trial.arm for trial in store.trials()] == ["a"]
@@ -99,7 +101,12 @@ def test_paths_that_are_no_store_are_refused_in_one_line(tmp_path):
     with sqlite3.connect(tmp_path / "other.sqlite") as db:
         db.execute("CREATE TABLE recipes (name TEXT)")
     db.close()
-    for name, message in (("", "this is a directory"), ("text", "not an SQLite file"), ("other.sqlite", "of another program"), ("text/below", "cannot be written")):
+    for name, message in (
+        ("", "this is a directory"),
+        ("text", "not an SQLite file"),
+        ("other.sqlite", "of another program"),
+        ("text/below", "cannot be written"),
+    ):
         with pytest.raises(UserError, match=message):
             Store(tmp_path / name, write=True)
     with pytest.raises(UserError, match="there is no store yet"):
@@ -119,7 +126,9 @@ def test_a_read_only_store_is_refused(path):
         file.chmod(0o444)
     path.parent.chmod(0o555)
     script = "import sys\nfrom fewer.study import Store\nfrom fewer.errors import UserError\ntry: Store(sys.argv[1], write=True)\nexcept UserError as error: print(error)"
-    done = subprocess.run([sys.executable, "-c", script, str(path)], preexec_fn=give_up_the_right_to_ignore_permissions, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], preexec_fn=give_up_the_right_to_ignore_permissions, capture_output=True, text=True
+    )
     path.parent.chmod(0o755)
     assert "cannot be written" in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1
@@ -204,7 +213,10 @@ def test_csv_and_parquet_hold_every_figure(path, tmp_path):
         with pytest.raises(UserError, match="expected one of csv, parquet, mlflow"):
             export(store, "f", "xls")
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
-    assert [(row["figure"], row["value"], row["coordinates"]) for row in rows] == [("error", "0.25", '{"size": 2}'), ("error", "nan", '{"size": 2}')]
+    assert [(row["figure"], row["value"], row["coordinates"]) for row in rows] == [
+        ("error", "0.25", '{"size": 2}'),
+        ("error", "nan", '{"size": 2}'),
+    ]
     columns = pyarrow.parquet.read_table(tmp_path / "f.parquet").to_pydict()
     assert columns["value"][0] == 0.25
     assert math.isnan(columns["value"][1])
@@ -222,4 +234,3 @@ def test_mlflow_gets_a_run_a_trial_with_curves_and_nan_told_apart(path, tmp_path
     assert runs[0].data.params["shape"] == "flat"
     assert runs[0].data.tags["nan.error"] == "NaN"
     assert [(point.value, point.step) for point in client.get_metric_history(runs[0].info.run_id, "error")] == [(0.25, 2)]
-

@@ -11,7 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewer.errors import UserError
-from fewer.study import Bench, Choice, Estimate, LocalEngine, LogUniform, NotTestable, Results, Scale, Store, Study, Uniform, judge, make_record, plan, run
+from fewer.study import (
+    Bench,
+    Choice,
+    Estimate,
+    LocalEngine,
+    LogUniform,
+    NotTestable,
+    Results,
+    Scale,
+    Store,
+    Study,
+    Uniform,
+    judge,
+    make_record,
+    plan,
+    run,
+)
 from fewer.study.results import Row, bootstrap
 from fewer.study.runner import Observer, choose_device
 from fewer.study.settings import choose_settings
@@ -185,7 +201,11 @@ def results_of(*values, figure="error", arm="a"):
 
 
 def test_a_ratio_is_of_means_and_its_interval_holds_it():
-    rows = [Row(arm, seed, "error", {}, value) for arm, values in {"a": (1.0, 2.0, 3.0), "b": (2.0, 4.0, 6.0)}.items() for seed, value in enumerate(values)]
+    rows = [
+        Row(arm, seed, "error", {}, value)
+        for arm, values in {"a": (1.0, 2.0, 3.0), "b": (2.0, 4.0, 6.0)}.items()
+        for seed, value in enumerate(values)
+    ]
     estimate = Results(rows, ["a", "b"]).ratio("error", "a", "b")
     assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.5, 0.5)
     assert estimate <= 0.5
@@ -242,7 +262,9 @@ def test_a_claim_about_an_arm_that_was_not_run_is_not_testable_and_says_why():
 
 def test_a_failing_claim_keeps_failing_and_shows_ours_beside_the_bound():
     study = Study("s", question="?")
-    study.claim("small", paper="0.5", if_fails="too little data")(lambda results: (results.mean("error", "a") <= 0.5) & (results.mean("error", "a") >= 0))
+    study.claim("small", paper="0.5", if_fails="too little data")(
+        lambda results: (results.mean("error", "a") <= 0.5) & (results.mean("error", "a") >= 0)
+    )
     verdict = judge(study, results_of(1.0, 3.0))[0]
     assert (verdict.verdict, verdict.paper, verdict.reason) == ("fails", "0.5", "too little data")
     assert [(measured.value, measured.bound) for measured in verdict.ours] == [(2.0, 0.5), (2.0, 0.0)]

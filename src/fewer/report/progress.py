@@ -46,7 +46,9 @@ class RunProgress(Observer):
         kept = len(plan.specs) - len(missing)
         self.console.print(f"{plan.study.slug}: {plan.study.question}")
         had = f", {kept} done before" if kept else ""
-        self.console.print(f"{len(plan.specs)} trials ({plan.scale} scale, {', '.join(f'{k}={v}' for k, v in plan.options.items()) or 'no options'}){had}")
+        self.console.print(
+            f"{len(plan.specs)} trials ({plan.scale} scale, {', '.join(f'{k}={v}' for k, v in plan.options.items()) or 'no options'}){had}"
+        )
         self._whole = self._all.add_task("all trials", total=self.total)
 
     def started(self, spec: TrialSpec) -> None:
@@ -56,7 +58,9 @@ class RunProgress(Observer):
 
     def progress(self, spec: TrialSpec, event: ProgressEvent) -> None:
         if spec.key in self._tasks:
-            self._all.update(self._tasks[spec.key], completed=event.done, total=event.total, description=f"{_name(spec)}: {event.text}".rstrip(": "))
+            self._all.update(
+                self._tasks[spec.key], completed=event.done, total=event.total, description=f"{_name(spec)}: {event.text}".rstrip(": ")
+            )
 
     def finished(self, spec: TrialSpec, event: FinishedEvent) -> None:
         task = self._tasks.pop(spec.key, None)

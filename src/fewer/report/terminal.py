@@ -128,7 +128,11 @@ def _cell(results: Results, figure: Figure, arm: str, against: str | None) -> st
         return "-"
     mean = float(np.mean(values))
     star = " *" if against and is_better(results, figure, arm, against) else ""
-    spread = "" if len(values) == 1 or np.ptp(values) == 0 or math.isnan(mean) else f"\n{show(values.min(), figure.unit)} to {show(values.max(), figure.unit)}"
+    spread = (
+        ""
+        if len(values) == 1 or np.ptp(values) == 0 or math.isnan(mean)
+        else f"\n{show(values.min(), figure.unit)} to {show(values.max(), figure.unit)}"
+    )
     return f"{show(mean, figure.unit)}{star}{spread}"
 
 
@@ -157,7 +161,9 @@ def curves_table(record: Record, chart: Curve) -> Table:
     for name, arm in record.arms.items():
         if not results.has(chart.figure, name):
             continue
-        points = sorted((dict(key)[chart.over], float(np.mean(list(by_seed.values())))) for key, by_seed in results.curve(chart.figure, name).items())
+        points = sorted(
+            (dict(key)[chart.over], float(np.mean(list(by_seed.values())))) for key, by_seed in results.curve(chart.figure, name).items()
+        )
         unit = next((figure.unit for figure in record.shown if figure.name == chart.figure), "")
         values = [value for _, value in points]
         ends = f"{points[0][0]:g}, {points[-1][0]:g}"

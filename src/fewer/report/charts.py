@@ -1,0 +1,350 @@
+"""Charts of a record by Altair: curves with spread bands, bars and differences against a twin, quality against cost.
+
+A chart is made from a record and the study's own declaration of it. Text and axes are drawn in one stand-in colour that `svg` replaces by
+`currentColor`, so that a chart on a page follows its light or dark mode.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fewer.report.quantities import show, show_change
+from fewer.report.terminal import seed_values
+from fewer.study.figures import Bars, Chart, Curve, Difference, Figure, Tradeoff
+from fewer.study.recording import Record
+from fewer.study.results import NotTestable
+
+if TYPE_CHECKING:
+    import altair
+
+INK = "#123456"  # stands for the page's own text colour
+# Okabe and Ito's colours without black and yellow, then Tol's: told apart by the colour-blind, seen on white and on black.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#AA4499", "#8C6BB1", "#7F7F7F")
+WIDTH, ROW, FONT = 270, 28, 14
+LABELS = 170  # pixels for an arm's name
+WIDE = 10  # ratios that span more than this are drawn on a logarithmic axis
+
+
+def chart(record: Record, declaration: Chart) -> altair.TopLevelMixin | None:
+    """The chart that a study declares, or None where the record has no data for it."""
+    match declaration:
+        case Curve():
+            drawn = _curve(record, declaration)
+        case Bars():
+            drawn = _bars(record, declaration)
+        case Difference():
+            drawn = _difference(record, declaration)
+        case Tradeoff():
+            drawn = _tradeoff(record, declaration)
+    return None if drawn is None else _styled(drawn)
+
+
+def title(record: Record, declaration: Chart) -> str:
+    """The chart's title, as declared or made from what it shows."""
+    if declaration.title:
+        return declaration.title
+    match declaration:
+        case Curve(figure=figure, over=over, x=x):
+            return f"{_label(record, figure)} over {_label(record, x or over)}"
+        case Bars():
+            return "Relative to the arm each is held against"
+        case Difference(figure=figure):
+            return f"{_label(record, figure)}: difference to the arm each is held against"
+        case Tradeoff(quality=quality, cost=cost):
+            return f"{_label(record, quality)} against {_label(record, cost)}"
+
+
+def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]]]:
+    """The chart's data in words: column names and rows."""
+    match declaration:
+        case Curve(over=over, figure=figure):
+            unit = _figure(record, figure).unit
+            rows = [
+                [p["arm"], f"{p['at']:g}", show(p["mean"], unit), show(p["low"], unit), show(p["high"], unit)]
+                for p in _curve_points(record, declaration)
+            ]
+            return ["arm", over, "mean", "lowest", "highest"], rows
+        case Bars():
+            return ["arm", "figure", "ratio"], [[p["arm"], p["figure"], f"{p['ratio']:.3g}"] for p in _ratios(record, declaration)]
+        case Difference(figure=figure):
+            unit = _figure(record, figure).unit
+            points = _differences(record, declaration)
+            return ["arm", "against", "difference", "95 % interval"], [
+                [p["arm"], p["against"], show_change(p["value"], unit), f"{show_change(p['low'], unit)} to {show_change(p['high'], unit)}"]
+                for p in points
+            ]
+        case Tradeoff(quality=quality, cost=cost):
+            points = _tradeoff_points(record, declaration)
+            rows = [
+                [p["arm"], show(p["quality"], _figure(record, quality).unit), show(p["cost"], _figure(record, cost).unit), p["front"]]
+                for p in points
+            ]
+            return ["arm", _label(record, quality), _label(record, cost), "front"], rows
+
+
+def svg(drawn: altair.TopLevelMixin) -> str:
+    """The chart as an SVG element whose text and axes take the colour of the text around it."""
+    import vl_convert
+
+    text = vl_convert.vegalite_to_svg(drawn.to_dict())
+    return text.replace(INK, "currentColor").replace('font-family="sans-serif"', 'font-family="inherit"')
+
+
+def png(drawn: altair.TopLevelMixin, file: Path) -> None:
+    """The chart as a picture on white."""
+    import vl_convert
+
+    spec = drawn.to_dict()
+    spec["background"] = "white"
+    file.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+
+
+# Curves
+
+
+def _curve_points(record: Record, declaration: Curve) -> list[dict[str, Any]]:
+    """A point an arm and coordinate: mean, lowest and highest over seeds; only coordinates that every seed reached, so that a mean is of all."""
+    results, points = record.results(), []
+    for name, arm in record.arms.items():
+        if not results.has(declaration.figure, name):
+            continue
+        curve = results.curve(declaration.figure, name)
+        seeds = max(len(by_seed) for by_seed in curve.values())
+        axis = results.curve(declaration.x, name) if declaration.x and results.has(declaration.x, name) else None
+        for key, by_seed in curve.items():
+            values = np.array(list(by_seed.values()))
+            if declaration.over not in dict(key) or len(values) < seeds or np.isnan(values).any():
+                continue
+            at = float(dict(key)[declaration.over])
+            x = float(np.mean(list(axis[key].values()))) if axis is not None and key in axis else at
+            points.append({"arm": arm.label, "at": at, "x": x, "mean": values.mean(), "low": values.min(), "high": values.max()})
+    return sorted(points, key=lambda point: (point["arm"], point["at"]))
+
+
+def _curve(record: Record, declaration: Curve) -> Any:
+    import altair as alt
+
+    points = _curve_points(record, declaration)
+    if not points:
+        return None
+    figure = _figure(record, declaration.figure)
+    y_scale = alt.Scale(type="log" if declaration.log else "linear", zero=False, nice=True)
+    x_title = _axis_title(record, declaration.x or declaration.over)
+    base = alt.Chart(alt.Data(values=_in_unit(points, figure, "mean", "low", "high"))).encode(
+        x=alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False)), color=_colours(record, {point["arm"] for point in points})
+    )
+    band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=y_scale, title=_axis_title(record, declaration.figure)), y2="high:Q")
+    line = base.mark_line(strokeWidth=2).encode(
+        y=alt.Y("mean:Q", scale=y_scale), strokeDash=_dashes(record, {point["arm"] for point in points})
+    )
+    ends = base.mark_point(filled=True, size=30).encode(y=alt.Y("mean:Q", scale=y_scale))
+    return (band + line + ends).properties(width=WIDTH + LABELS - 40, height=300)
+
+
+# Bars and differences
+
+
+def _ratios(record: Record, declaration: Bars) -> list[dict[str, Any]]:
+    results, rows = record.results(), []
+    for figure in declaration.figures:
+        for name, arm in record.arms.items():
+            if arm.against not in record.arms:
+                continue
+            try:
+                ratio = (
+                    results.ratio(figure, name, arm.against).value
+                    if results.has(figure, name) and results.has(figure, arm.against)
+                    else np.nan
+                )
+            except NotTestable:
+                continue
+            if np.isfinite(ratio):
+                words = {"arm": arm.label, "against": record.arms[arm.against].label, "figure": _label(record, figure)}
+                rows.append(words | {"ratio": ratio, "text": f"{ratio:.3g}×"})
+    return rows
+
+
+def _bars(record: Record, declaration: Bars) -> Any:
+    import altair as alt
+
+    rows = _ratios(record, declaration)
+    if not rows:
+        return None
+    positive = [row["ratio"] for row in rows if row["ratio"] > 0]
+    log = bool(positive) and max([*positive, 1]) / min([*positive, 1]) > WIDE and len(positive) == len(rows)
+    top = max(row["ratio"] for row in rows)
+    domain = [min([*positive, 1]) / 1.5, max(top, 1) * 2.5] if log else [0, max(top, 1) * 1.25]
+    panels = []
+    for figure in dict.fromkeys(row["figure"] for row in rows):
+        own = [row for row in rows if row["figure"] == figure]
+        base = alt.Chart(alt.Data(values=own)).encode(y=_arm_axis([row["arm"] for row in own]))
+        x = alt.X(
+            "ratio:Q", title=None, scale=alt.Scale(type="log" if log else "linear", domain=domain), axis=alt.Axis(format="~g", tickCount=5)
+        )
+        dots = base.mark_point(filled=True, size=90, opacity=1).encode(
+            x=x, color=_colours(record, {row["arm"] for row in own}, legend=False)
+        )
+        stems = (
+            base.transform_calculate(one="1")
+            .mark_rule(strokeWidth=4, opacity=0.55)
+            .encode(x=x, x2="one:Q", color=_colours(record, set(), legend=False))
+        )
+        text = base.mark_text(align="left", dx=9, color=INK, fontSize=FONT).encode(x=x, text="text:N")
+        one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x=alt.X("one:Q"))
+        panels.append((one + stems + dots + text).properties(width=WIDTH, height=ROW * len(own), title=f"{figure}, 1 = the same"))
+    return alt.vconcat(*panels, spacing=18)
+
+
+def _differences(record: Record, declaration: Difference) -> list[dict[str, Any]]:
+    results, rows = record.results(), []
+    for name, arm in record.arms.items():
+        if arm.against not in record.arms or not results.has(declaration.figure, name) or not results.has(declaration.figure, arm.against):
+            continue
+        try:
+            estimate = results.difference(declaration.figure, name, arm.against)
+        except NotTestable:
+            continue
+        rows.append(
+            {
+                "arm": arm.label,
+                "against": record.arms[arm.against].label,
+                "value": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+            }
+        )
+    return rows
+
+
+def _difference(record: Record, declaration: Difference) -> Any:
+    import altair as alt
+
+    rows = _differences(record, declaration)
+    if not rows:
+        return None
+    figure = _figure(record, declaration.figure)
+    words = [row | {"text": show_change(row["value"], figure.unit)} for row in rows]
+    base = alt.Chart(alt.Data(values=_in_unit(words, figure, "value", "low", "high"))).encode(y=_arm_axis([row["arm"] for row in rows]))
+    points_unit = "percentage points" if figure.unit == "%" else figure.unit
+    x_title = f"{figure.label}, difference" + (f" ({points_unit})" if points_unit else "")
+    colours = _colours(record, {row["arm"] for row in rows}, legend=False)
+    spread = base.mark_rule(strokeWidth=4, opacity=0.45).encode(x=alt.X("low:Q", title=x_title), x2="high:Q", color=colours)
+    dots = base.mark_point(filled=True, size=90, opacity=1).encode(x="value:Q", color=colours)
+    text = base.mark_text(dy=-11, color=INK, fontSize=FONT - 2).encode(x="value:Q", text="text:N")
+    zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x="zero:Q")
+    return (zero + spread + dots + text).properties(width=WIDTH, height=(ROW + 10) * len(rows))
+
+
+# Quality against cost
+
+
+def _tradeoff_points(record: Record, declaration: Tradeoff) -> list[dict[str, Any]]:
+    """A point an arm, told whether it stands on the Pareto front (no other arm is at least as good in both and better in one)."""
+    quality, cost = _figure(record, declaration.quality), _figure(record, declaration.cost)
+    results, points = record.results(), []
+    for name, arm in record.arms.items():
+        q, c = seed_values(results, quality.name, name), seed_values(results, cost.name, name)
+        if len(q) and len(c) and np.isfinite(q.mean()) and np.isfinite(c.mean()):
+            points.append({"arm": arm.label, "quality": float(q.mean()), "cost": float(c.mean())})
+    up = -1 if quality.better == "lower" else 1
+
+    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        no_worse = up * a["quality"] >= up * b["quality"] and a["cost"] <= b["cost"]
+        return no_worse and (a["quality"], a["cost"]) != (b["quality"], b["cost"])
+
+    return [point | {"front": "" if any(beats(other, point) for other in points) else "on the front"} for point in points]
+
+
+def _tradeoff(record: Record, declaration: Tradeoff) -> Any:
+    import altair as alt
+
+    points = _tradeoff_points(record, declaration)
+    if not points:
+        return None
+    quality, cost = _figure(record, declaration.quality), _figure(record, declaration.cost)
+    values = _in_unit(_in_unit(points, quality, "quality"), cost, "cost")
+    base = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X(
+            "cost:Q",
+            title=_axis_title(record, cost.name),
+            scale=alt.Scale(type="log" if declaration.log else "linear", zero=False, padding=25),
+        ),
+        y=alt.Y("quality:Q", title=_axis_title(record, quality.name), scale=alt.Scale(zero=False, padding=20)),
+    )
+    front = base.transform_filter("datum.front != ''").mark_line(color=INK, strokeDash=[4, 3], opacity=0.7, interpolate="step-after")
+    rings = base.transform_filter("datum.front != ''").mark_point(size=260, color=INK, strokeWidth=1.5)
+    dots = base.mark_point(filled=True, size=110, opacity=1).encode(color=_colours(record, {point["arm"] for point in points}))
+    return (front + rings + dots).properties(width=WIDTH + LABELS - 40, height=300)
+
+
+# Shared
+
+
+def _figure(record: Record, name: str) -> Figure:
+    return next(
+        (figure for figure in record.shown if figure.name == name), Figure(name, name.replace("_", " ").replace(".", " "), better="")
+    )
+
+
+def _label(record: Record, name: str) -> str:
+    return _figure(record, name).label
+
+
+def _axis_title(record: Record, name: str) -> str:
+    figure = _figure(record, name)
+    unit = "MiB" if figure.unit == "bytes" else figure.unit
+    return f"{figure.label} ({unit})" if unit else figure.label
+
+
+def _in_unit(rows: list[dict[str, Any]], figure: Figure, *names: str) -> list[dict[str, Any]]:
+    """Rows with these values as the axis shows them: fractions in per cent, bytes in MiB."""
+    factor = {"%": 100.0, "bytes": 2.0**-20}.get(figure.unit, 1.0)
+    return [row | {name: row[name] * factor for name in names} for row in rows]
+
+
+def _arm_axis(arms: list[str]) -> Any:
+    import altair as alt
+
+    return alt.Y(
+        "arm:N", sort=arms, title=None, axis=alt.Axis(labelLimit=LABELS, ticks=False, domain=False, minExtent=LABELS, labelPadding=8)
+    )
+
+
+def _colours(record: Record, present: set[str], *, legend: bool = True) -> Any:
+    """The same colour for an arm in every chart."""
+    import altair as alt
+
+    labels = [arm.label for arm in record.arms.values()]
+    colours = [PALETTE[i % len(PALETTE)] for i in range(len(labels))]
+    shown = (
+        alt.Legend(title=None, orient="bottom", columns=2, values=[label for label in labels if label in present], labelLimit=260)
+        if legend
+        else None
+    )
+    return alt.Color("arm:N", scale=alt.Scale(domain=labels, range=colours), legend=shown)
+
+
+def _dashes(record: Record, present: set[str]) -> Any:
+    """Dashed lines for the arms that others are held against."""
+    import altair as alt
+
+    held = {arm.against for arm in record.arms.values()}
+    labels = [arm.label for arm in record.arms.values()]
+    dashes = [[6, 3] if name in held else [1, 0] for name in record.arms]
+    return alt.StrokeDash("arm:N", scale=alt.Scale(domain=labels, range=dashes), legend=None)
+
+
+def _styled(drawn: Any) -> Any:
+    """One look for all: no background, text and axes in the stand-in colour."""
+    text = {"labelColor": INK, "titleColor": INK, "labelFontSize": FONT, "titleFontSize": FONT, "titleFontWeight": "normal"}
+    return drawn.configure(
+        background="transparent",
+        font="sans-serif",
+        axis=text | {"gridColor": INK, "gridOpacity": 0.12, "domainColor": INK, "domainOpacity": 0.4, "tickColor": INK, "tickOpacity": 0.4},
+        legend=text | {"symbolSize": 110, "symbolOpacity": 1},
+        title={"color": INK, "fontSize": FONT, "anchor": "start", "fontWeight": "bold"},
+        view={"stroke": None},
+    )

@@ -1,0 +1,106 @@
+"""The page: a catalogue and a page a method, static and self-contained, made from cards and records."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fewer
+from fewer.errors import UserError
+from fewer.papers import Card
+from fewer.report import charts, terminal
+from fewer.report.quantities import show
+from fewer.study.recording import Record
+
+MARKER = ".fewer-report"  # stands in a folder that a report may overwrite
+SYMBOLS = {"holds": ("✓", "holds"), "fails": ("✗", "fails"), "not testable here": ("?", "untestable")}
+
+
+def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) -> Path:
+    """Write the page; its `index.html`.
+
+    Args:
+        folder: where to write. A former report there is replaced; anything else there is left alone, and refused.
+        entries: each method's card and its record, from this machine or the recorded one.
+
+    Raises:
+        UserError: the folder holds something that is no report.
+    """
+    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder}: there is something else than a report; choose an empty or a new folder")
+    environment = _templates()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        part.chmod(0o755)
+        (part / "methods").mkdir()
+        (part / MARKER).touch()
+        index = environment.get_template("index.html").render(entries=entries, areas=sorted({card.area for card, _ in entries}), root="")
+        (part / "index.html").write_text(index, encoding="utf8")
+        template = environment.get_template("method.html")
+        for card, record in entries:
+            page = template.render(card=card, record=record, charts=_drawn(record), root="../")
+            (part / "methods" / f"{card.slug}.html").write_text(page, encoding="utf8")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder / "index.html"
+
+
+def _templates() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fewer.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        version=fewer.__version__,
+        machine_line=terminal.machine_line,
+        settings_line=terminal.settings_line,
+        cells=_cells,
+        symbols=SYMBOLS,
+        counts=_counts,
+    )
+    environment.filters["show"] = show
+    return environment
+
+
+def _counts(record: Record | None) -> dict[str, int]:
+    counts = dict.fromkeys(SYMBOLS, 0)
+    for claim in record.claims if record else []:
+        counts[claim.verdict] += 1
+    return counts
+
+
+def _drawn(record: Record | None) -> list[dict[str, Any]]:
+    """Each chart as SVG, with its title and its data in words."""
+    drawn = []
+    for declaration in record.charts if record else []:
+        assert record is not None
+        columns, rows = charts.table(record, declaration)
+        picture = charts.chart(record, declaration)
+        drawn.append(
+            {"title": charts.title(record, declaration), "svg": charts.svg(picture) if picture else "", "columns": columns, "rows": rows}
+        )
+    return drawn
+
+
+def _cells(record: Record) -> list[dict[str, Any]]:
+    """The results table: an arm a row, a shown figure a cell with its mean, its range over seeds, and whether it beats the arm it is held against."""
+    results, rows = record.results(), []
+    for name, arm in record.arms.items():
+        cells = []
+        for figure in record.shown:
+            values = terminal.seed_values(results, figure.name, name)
+            if not len(values):
+                cells.append({"mean": "–", "spread": "", "better": False})
+                continue
+            spread = f"{show(values.min(), figure.unit)} to {show(values.max(), figure.unit)}" if values.min() < values.max() else ""
+            better = bool(arm.against) and terminal.is_better(results, figure, name, arm.against)
+            cells.append({"mean": show(float(values.mean()), figure.unit), "spread": spread, "better": better})
+        rows.append({"arm": arm, "against": record.arms[arm.against].label if arm.against in record.arms else "", "cells": cells})
+    return rows
