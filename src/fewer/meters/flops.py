@@ -1,0 +1,37 @@
+"""Floating-point operations, counted from the shapes of the operations that torch runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass
+class FlopCount:
+    """What `count_flops` found; `total` is set when its block ends."""
+
+    total: int = 0
+
+
+@contextlib.contextmanager
+def count_flops() -> Iterator[FlopCount]:
+    """Count the floating-point operations of matrix products, convolutions and attention inside the block (torch's FlopCounterMode).
+
+    Elementwise operations are not counted. It slows small operations down, so it never runs inside a timed block.
+
+    Examples:
+        >>> import torch
+        >>> with count_flops() as flops:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
+        >>> flops.total == 2 * 2 * 3 * 4
+        True
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = FlopCount()
+    with FlopCounterMode(display=False) as counter:
+        try:
+            yield flops
+        finally:
+            flops.total = counter.get_total_flops()
