@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT, command, command_environment
 
 STORE = "fewer-runs/store.sqlite"
@@ -18,7 +19,15 @@ STORE = "fewer-runs/store.sqlite"
 
 def test_run_compares_judges_and_says_it_in_one_paragraph(fewer):
     done = fewer("run", "guessing", "--seeds", "2")
-    for words in ("How near does a guess come?", "✓ holds", "✗ fails", "the mean", "The mean was off by 0.075.", "defaults, not tuned", "torch"):
+    for words in (
+        "How near does a guess come?",
+        "✓ holds",
+        "✗ fails",
+        "the mean",
+        "The mean was off by 0.075.",
+        "defaults, not tuned",
+        "torch",
+    ):
         assert words in done.stdout, words
     assert "[6/6] none, seed 1: done after" in done.stderr
     again = fewer("run", "guessing", "--seeds", "2")
@@ -148,7 +157,9 @@ def test_a_full_disk_is_told_in_one_line(outside, tmp_path):
 
 def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(outside, tmp_path):
     words, environment = command("run", "guessing", "--seeds", "60"), command_environment(outside)
-    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("[5/"):
@@ -187,13 +198,35 @@ def _works_in(pid, folder):
 
 def test_every_verb_has_help_with_an_example(fewer):
     verbs = re.findall(r"^[│ ]+([a-z][a-z-]+) ", fewer("--help").stdout, re.M)
-    assert {"list", "show", "search", "run", "tune", "bench", "record", "report", "data", "export", "doctor", "new", "guess", "train-local"} <= set(verbs)
+    assert {
+        "list",
+        "show",
+        "search",
+        "run",
+        "tune",
+        "bench",
+        "record",
+        "report",
+        "data",
+        "export",
+        "doctor",
+        "new",
+        "guess",
+        "train-local",
+    } <= set(verbs)
     for verb in set(verbs):
         assert "xample: fewer" in fewer(verb, "--help").stdout, verb
 
 
 def test_shell_completion_knows_the_slugs(fewer):
-    done = fewer("run", status=None, _FEWER_COMPLETE="complete_bash", COMP_WORDS="fewer run gue", COMP_CWORD="2", _TYPER_COMPLETE_ARGS="fewer run gue")
+    done = fewer(
+        "run",
+        status=None,
+        _FEWER_COMPLETE="complete_bash",
+        COMP_WORDS="fewer run gue",
+        COMP_CWORD="2",
+        _TYPER_COMPLETE_ARGS="fewer run gue",
+    )
     assert "guessing" in done.stdout
 
 
@@ -201,11 +234,27 @@ def test_new_lays_out_a_package_whose_tests_pass_and_whose_study_runs(fewer, out
     fewer("new", "lazy-sort", "--area", "statistics", "--outside", "lazy")
     source = tmp_path / "lazy" / "src"
     environment = command_environment(outside, PYTHONPATH=str(source))
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", "lazy"], cwd=tmp_path, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", "lazy"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
     ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "lazy"]
     subprocess.run(ruff, cwd=tmp_path, env=environment, check=True)
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--target", str(site), str(tmp_path / "lazy")]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(site),
+        str(tmp_path / "lazy"),
+    ]
     subprocess.run(install, check=True)
     done = fewer("run", "lazy-sort", "--seeds", "1", PYTHONPATH=str(site))
     assert "✓ holds" in done.stdout

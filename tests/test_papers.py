@@ -6,8 +6,8 @@ import json
 import tomllib
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from fewer import papers
 from fewer.errors import UserError
 

@@ -12,8 +12,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import command, command_environment
 
+from conftest import command, command_environment
 from fewer.errors import UserError
 from fewer.study import Scale, Store
 from fewer.study.export import export
@@ -169,31 +169,31 @@ def integrity(path):
 
 
 def test_thirty_kills_leave_a_whole_store_with_every_finished_trial_and_the_run_completes(outside, tmp_path):
+    """Every other kill comes at any moment from the start, the others at any moment from the first finished trial."""
     path = tmp_path / "fewer-runs" / "store.sqlite"
-    words = command("run", "guessing", "--seeds", "150", "--quiet")
+    words = command("run", "guessing", "--seeds", "100", "--quiet")
     environment, draw, kept = command_environment(outside), random.Random(0), {}
-    kills = 0
-    while kills < KILLS:
-        process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(draw.uniform(0.2, 2.0))
-            assert process.returncode == 0, "the run ended before it was killed"
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
+    for kill in range(KILLS):
+        with subprocess.Popen(
+            words, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            if kill % 2:
+                assert ": done" in next(line for line in process.stderr if line.startswith("["))
+            try:
+                process.wait(draw.uniform(0, 0.5) if kill % 2 else draw.uniform(0.2, 2.0))
+                raise AssertionError("the run ended before it was killed")
+            except subprocess.TimeoutExpired:
+                process.kill()
         if path.exists():
             found, done = integrity(path)
             assert found == "ok"
             assert kept.items() <= done.items(), "a finished trial was lost"
             kept = done
-    assert kills == KILLS
-    assert kept, "no trial had finished before the last kill"
+    assert len(kept) >= KILLS // 2
     subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True)
     found, done = integrity(path)
     assert found == "ok"
-    assert len(done) == 450
+    assert len(done) == 300
     assert kept.items() <= done.items()
 
 

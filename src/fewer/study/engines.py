@@ -132,7 +132,8 @@ def _work(connection: Connection, words: bytes, output: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _die_with_parent()
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2)
+    for stream in (1, 2):
+        os.dup2(file, stream)
     answers: SimpleQueue[bytes] = SimpleQueue()
 
     def listen() -> None:
