@@ -94,7 +94,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line: exit status 0, 2 for what the user can mend (one line), 1 for our own faults (a traceback)."""
     try:
-        app()
+        app(prog_name="fewer")
     except UserError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}")
         sys.exit(2)
