@@ -201,14 +201,14 @@ def test_an_unknown_country_is_one_clear_line(monkeypatch):
         _ = Energy(joules=1.0, source="rapl").co2e_kg
 
 
-def test_a_meter_costs_less_than_two_percent_of_a_section_of_a_second():
+def test_a_meter_costs_less_than_two_percent_of_a_section_of_two_seconds():
     """The processor time that is not the section's own: at its two ends, and in threads beside it. Pairs of runs would show the noise."""
 
     def share() -> float:
         process, entering = time.process_time(), time.thread_time()
         with meters.measure():
             began = time.thread_time()
-            while time.thread_time() - began < 1:
+            while time.thread_time() - began < 2:
                 pass
             ended = time.thread_time()
         left = time.thread_time()

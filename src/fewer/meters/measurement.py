@@ -33,7 +33,7 @@ class Measurement:
 def measure(*, time: bool = True, memory: bool = True, energy: bool = True) -> Iterator[Measurement]:
     """Measure what the block costs. Blocks may be nested; a block that raises is measured too.
 
-    It adds under 2 % to a block of a second, and nothing to the block's own seconds: the meters start before the clock and stop
+    It adds under 2 % to a block of two seconds, and nothing to the block's own seconds: the meters start before the clock and stop
     after it. FLOPs and tensor bytes have meters of their own (`count_flops`, `tensor_memory`), which are too slow to time under.
 
     Args:
