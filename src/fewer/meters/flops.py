@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 
-@dataclass
 class FlopCount:
-    """What `count_flops` found; `total` is set when its block ends."""
+    """What `count_flops` counts."""
 
-    total: int = 0
+    def __init__(self, counter: Any) -> None:
+        self._counter = counter
+
+    @property
+    def total(self) -> int:
+        """Floating-point operations so far."""
+        return self._counter.get_total_flops()
 
 
 @contextlib.contextmanager
@@ -29,9 +34,5 @@ def count_flops() -> Iterator[FlopCount]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    flops = FlopCount()
     with FlopCounterMode(display=False) as counter:
-        try:
-            yield flops
-        finally:
-            flops.total = counter.get_total_flops()
+        yield FlopCount(counter)

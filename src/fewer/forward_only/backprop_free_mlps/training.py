@@ -92,7 +92,7 @@ class EarlyStopping:
 
     def update(self, score: float, epoch: int) -> bool:
         """Take in the score of an epoch (from 1); true when training should stop."""
-        if not all(value.isfinite().all() for state in self._states() for value in state.values()):
+        if not all(all_finite(value) for state in self._states() for value in state.values()):
             raise FloatingPointError(
                 f"the weights of {self.stage} are not finite after epoch {epoch}; the last finite state is kept: try a lower lr"
             )
@@ -268,6 +268,11 @@ def batches_of(
         yield x[rows].to(device), y[rows].to(device, torch.long)
 
 
+def all_finite(value: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. The sum tells, without a mask of the tensor's size, unless finite entries overflow it."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
 def check_features(x: object, name: str = "x") -> None:
     """ValueError unless x is a float tensor with a first dimension of at least 1 and only finite values."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
@@ -275,11 +280,8 @@ def check_features(x: object, name: str = "x") -> None:
         raise ValueError(
             f"{name} is {given}; expected a float tensor [N, ...] with N >= 1: convert it with torch.as_tensor(x, dtype=torch.float32)"
         )
-    if x.sum().isfinite():  # cheap, and enough: one value that is not finite makes the sum not finite
-        return
-    rows = x.flatten(1).isfinite().all(1)
-    if not rows.all():
-        row = int((~rows).nonzero()[0])
+    if not all_finite(x):
+        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f"{name} has a NaN or infinite value in row {row}; expected finite values: clean or drop that row")
 
 

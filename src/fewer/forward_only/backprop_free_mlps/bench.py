@@ -1,0 +1,102 @@
+"""Races: Mono-Forward's step against backpropagation's, kept inputs against recomputed ones, and the memory of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewer.forward_only.backprop_free_mlps.backpropagation import BackpropagationConfig, fit_backpropagation, mlp
+from fewer.forward_only.backprop_free_mlps.forward_forward import ForwardForwardMLP
+from fewer.forward_only.backprop_free_mlps.label_embedding import embed_labels
+from fewer.forward_only.backprop_free_mlps.layer_inputs import LayerInputs
+from fewer.forward_only.backprop_free_mlps.layer_training import LayerTrainer
+from fewer.forward_only.backprop_free_mlps.mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
+from fewer.forward_only.backprop_free_mlps.training import Examples
+from fewer.meters import tensor_memory
+from fewer.study import Bench
+
+bench = Bench("backprop-free-mlps")
+PIXELS, SIZES, CLASSES, BATCH = 784, (2000,) * 4, 10, 128
+
+Step = Callable[[], object]
+
+
+def _batch(rows: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Images and labels of the shape that matters; what they show does not change the time."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(rows, PIXELS, generator=draw), torch.randint(CLASSES, (rows,), generator=draw)
+
+
+@bench.race("a step of all layers at once, MLP 4x2000, batch 128", peer="backpropagation with fused AdamW", reach=0.80)
+def step() -> tuple[Step, Step]:
+    x, y = _batch()
+    model = MonoForwardMLP(PIXELS, SIZES, CLASSES)
+    trainers = [LayerTrainer(layer, m, "relu", 1e-4) for layer, m in zip(model.layers, model.projections[1:], strict=True)]
+
+    def ours() -> None:
+        a = x
+        for trainer in trainers:
+            trainer.step(a, y)
+            a = trainer.output
+
+    twin = mlp(PIXELS, SIZES, CLASSES)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-4, fused=True)
+
+    def theirs() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+
+    return ours, theirs
+
+
+@bench.race("an epoch of the last layer of 4x2000 on kept inputs", peer="its inputs recomputed for every batch, as released", reach=0.50)
+def last_layer() -> tuple[Step, Step]:
+    x, y = _batch(8 * BATCH)
+
+    def epoch_of(cached: bool) -> Step:
+        torch.manual_seed(0)
+        model = MonoForwardMLP(PIXELS, SIZES, CLASSES)
+        inputs = LayerInputs(
+            Examples(x, y, num_classes=CLASSES), like=x, activation="relu", batch_size=BATCH, widths=SIZES[:-1], cached=cached
+        )
+        for layer in model.layers[:-1]:
+            inputs.freeze(layer)
+        trainer = LayerTrainer(model.layers[-1], model.projections[-1], "relu", 1e-4)
+        return lambda: [trainer.step(*batch) for batch in inputs.batches(shuffle=True)]
+
+    return epoch_of(cached=True), epoch_of(cached=False)
+
+
+@bench.quantity(
+    "peak tensor bytes of sequential training, MLP 4x2000, without data and input cache", peer="backpropagation", unit="bytes", reach=0.45
+)
+def memory() -> tuple[float, float]:
+    x, y = _batch(2 * BATCH)
+    model, twin = MonoForwardMLP(PIXELS, SIZES, CLASSES), mlp(PIXELS, SIZES, CLASSES)
+    config = MonoForwardConfig(epochs_per_layer=1, patience=None, batch_size=BATCH)
+    with tensor_memory(model) as ours:
+        fit_mono_forward(model, x, y, validation=None, config=config)
+    with tensor_memory(twin) as theirs:
+        fit_backpropagation(twin, x, y, validation=None, config=BackpropagationConfig(epochs=1, patience=None, batch_size=BATCH))
+    return ours.total - ours.bytes.get("input cache", 0), theirs.total
+
+
+@bench.race("Forward-Forward's scores of 10 labels, MLP 4x2000, 128 images", peer="one pass for each label")
+def candidates() -> tuple[Step, Step]:
+    x, _ = _batch()
+    model = ForwardForwardMLP(PIXELS, SIZES, CLASSES)
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        return model(x)
+
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        labels = [torch.full((len(x),), label) for label in range(CLASSES)]
+        return torch.stack([sum(model.layer_goodness(embed_labels(x, each, CLASSES))[model.judges]) for each in labels], dim=1)
+
+    return ours, theirs

@@ -1,0 +1,159 @@
+"""The rules of the house: who may import whom, how light it is, and that what it says of itself is true."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from fewer import papers
+
+SOURCE = ROOT / "src" / "fewer"
+ROOMS = ("papers", "errors", "study", "meters", "data", "tasks", "report", "scaffold", "doctor", "cli")
+AREAS = tuple(folder.name for folder in SOURCE.iterdir() if folder.is_dir() and folder.name not in ROOMS and folder.name != "__pycache__")
+FILES = sorted(file for file in SOURCE.rglob("*.py"))
+
+ALLOWED = {  # a room -> the rooms that it may import, besides itself
+    "errors": set(),
+    "papers": {"errors"},
+    "meters": {"errors"},
+    "data": {"errors", "papers"},
+    "tasks": {"errors", "data", "meters"},
+    "study": {"errors", "papers", "meters"},
+    "report": {"errors", "papers", "study", "meters", "doctor"},
+    "scaffold": {"errors", "papers"},
+    "doctor": {"errors", "papers", "study", "meters", "data"},
+    "cli": set(ROOMS),
+}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of the house that a file imports, anywhere in it, as `study.trial` or `forward_only.some_method.study`."""
+    package = ["fewer", *file.relative_to(SOURCE).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "fewer" else {module}
+    return {name.removeprefix("fewer.") for name in found if name.startswith("fewer.")}
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_who_may_import_whom(file):
+    room = room_of(file)
+    for module in imported(file):
+        target = module.split(".")[0]
+        if room in ALLOWED:
+            assert target == room or target in ALLOWED[room], f"{room} may not import {module}"
+        elif room in AREAS:
+            assert target in {"errors", "meters", "tasks", "data", *AREAS} or (target == "study" and file.name in ("study.py", "bench.py")), (
+                f"{file.name} of a method may not import {module}"
+            )
+            other_method = target in AREAS and module.split(".")[:2] != list(file.relative_to(SOURCE).parts[:2])
+            if other_method and not module.split(".")[1:2] == ["_shared"]:
+                assert len(module.split(".")) <= 2, f"{file.name} may import public names of other methods, not {module}"
+        else:
+            assert room in ("__init__", "__main__"), f"{room} is no room and no area"
+    assert room == "__main__" or not any(module.split(".")[0] == "cli" for module in imported(file)), "nothing imports cli"
+
+
+def test_the_shared_rooms_name_no_method():
+    slugs = [card.slug for card in papers.cards()]
+    for file in FILES:
+        if room_of(file) in ALLOWED:
+            text = file.read_text()
+            assert not [slug for slug in slugs if slug in text or slug.replace("-", "_") in text], file
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    for file in [*FILES, *(ROOT / "tests").rglob("*.py")]:
+        assert len(file.read_text().splitlines()) <= 420, file
+
+
+def import_seconds(module: str) -> tuple[float, set[str]]:
+    """Seconds that importing a module takes in a fresh process, and what was loaded."""
+    code = f"import {module}, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
+    last = [line for line in done.stderr.splitlines() if re.fullmatch(rf"import time:\s+\d+ \|\s+\d+ \| {module}", line)][-1]
+    return int(last.split("|")[1]) / 1e6, set(done.stdout.split())
+
+
+def test_importing_the_house_is_quick_and_loads_nothing_heavy():
+    runs = [(import_seconds("fewer"), import_seconds("numpy")) for _ in range(3)]
+    ours = statistics.median(seconds for (seconds, _), _ in runs)
+    numpys = statistics.median(seconds for _, (seconds, _) in runs)
+    assert ours < 0.2
+    assert ours < numpys, f"import fewer takes {ours:.3f} s, import numpy {numpys:.3f} s"
+    assert not {"torch", "numpy", "typer", "altair", "sklearn"} & runs[0][0][1]
+
+
+def test_the_catalogue_reads_no_method():
+    code = "import sys; from fewer import papers; papers.cards(); assert not {'torch', 'numpy', 'sklearn'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.slug)
+def test_a_method_has_all_its_parts(card):
+    folder = SOURCE / card.area / card.slug.replace("-", "_")
+    for part in ("__init__.py", "study.py", "bench.py", "paper.toml", "record.json"):
+        assert (folder / part).exists(), f"{card.slug} lacks {part}"
+    assert card.results, "the paper's own numbers"
+    for text in (card.summary, card.when_not, card.costs):
+        assert text.endswith("."), f"one sentence, ended by a full stop: {text!r}"
+    assert importlib.import_module(card.package).__doc__
+
+
+def modules_with_examples() -> list[str]:
+    return [
+        ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__") for file in FILES if ">>> " in file.read_text()
+    ]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_the_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+def public_names(package: str) -> list[str]:
+    return [f"{package}.{name}" for name in importlib.import_module(package).__all__]
+
+
+def test_what_is_public_says_what_it_is():
+    for package in ["fewer.study", "fewer.meters", "fewer.data", *(card.package for card in papers.cards())]:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            assert (getattr(module, name).__doc__ or "").strip(), f"{package}.{name} has no docstring"
+
+
+def test_the_readme_lists_the_methods_as_the_cards_say():
+    from fewer.report.readme import methods_table
+
+    assert methods_table(papers.cards()) in (ROOT / "README.md").read_text(), "run `make readme`"
+
+
+def test_the_tree_names_no_registry_and_no_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for file in listed:
+        path = ROOT / file
+        if path.suffix in {".py", ".toml", ".md", ".txt", ".json", ".html", ".css", ".pyi"} and path.exists():
+            found = re.findall(r"registry\.npmjs|pypi\.org|/root/|/home/\w+/", path.read_text())
+            assert file == os.path.relpath(__file__, ROOT) or not found, f"{file} names {found}"
