@@ -62,11 +62,11 @@ def test_who_may_import_whom(file):
         if room in ALLOWED:
             assert target == room or target in ALLOWED[room], f"{room} may not import {module}"
         elif room in AREAS:
-            assert target in {"errors", "meters", "tasks", "data", *AREAS} or (target == "study" and file.name in ("study.py", "bench.py")), (
-                f"{file.name} of a method may not import {module}"
-            )
+            assert target in {"errors", "meters", "tasks", "data", *AREAS} or (
+                target == "study" and file.name in ("study.py", "bench.py")
+            ), f"{file.name} of a method may not import {module}"
             other_method = target in AREAS and module.split(".")[:2] != list(file.relative_to(SOURCE).parts[:2])
-            if other_method and not module.split(".")[1:2] == ["_shared"]:
+            if other_method and module.split(".")[1:2] != ["_shared"]:
                 assert len(module.split(".")) <= 2, f"{file.name} may import public names of other methods, not {module}"
         else:
             assert room in ("__init__", "__main__"), f"{room} is no room and no area"
@@ -121,7 +121,9 @@ def test_a_method_has_all_its_parts(card):
 
 def modules_with_examples() -> list[str]:
     return [
-        ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__") for file in FILES if ">>> " in file.read_text()
+        ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        for file in FILES
+        if ">>> " in file.read_text()
     ]
 
 

@@ -178,7 +178,7 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     ('▁▃▅█', '▁ ▁')
     """
     if len(values) > width:
-        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+        values = [values[round(i * (len(values) - 1) / max(1, width - 1))] for i in range(width)]
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return " " * len(values)
