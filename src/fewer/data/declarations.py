@@ -32,6 +32,15 @@ class Source(msgspec.Struct, frozen=True):
         """
         return f"{COMMANDS[self.kind]} {self.of}" if self.kind in COMMANDS else self.of
 
+    @property
+    def service(self) -> str:
+        """The same without the file: the package, or the address's host.
+
+        >>> Source("address", "https://example.org/mnist/t10k-labels-idx1-ubyte.gz").service
+        'https://example.org'
+        """
+        return self.where if self.kind in COMMANDS else "/".join(self.of.split("/")[:3])
+
 
 class File(msgspec.Struct, frozen=True):
     """One file of a set, and its sources in the order in which they are tried."""

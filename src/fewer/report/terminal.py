@@ -255,3 +255,24 @@ def machine_line(environment: dict[str, Any], date: str) -> str:
     memory = f"{environment['memory'] / 2**30:.0f} GiB"
     processor = f"{environment['cores']} cores ({environment['processor']})"
     return f"{date}, {processor}, {memory}, {environment['system']}, Python {environment['python']}, {packages}, fewer {environment['fewer']}{commit}"
+
+
+def sets_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The data sets, a row each."""
+    table = _table("Data sets")
+    for column in ("name", "what", "size", "licence", "where it comes from, in this order"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(row["name"], Text(row["title"]), show(row["bytes"], "bytes"), Text(row["licence"]), Text("; ".join(row["sources"])))
+    return table
+
+
+def files_table(found: Sequence[Any]) -> Table:
+    """The files of a data set: size, and the verified copy or why there is none."""
+    table = _table(found[0].dataset)
+    for column in ("", "file", "size", "where it lies"):
+        table.add_column(column, overflow="fold")
+    for each in found:
+        mark = Text("✓" if each.place else "✗", style="green" if each.place else "yellow")
+        table.add_row(mark, each.file, show(each.bytes, "bytes"), Text(each.place or each.why_not))
+    return table
