@@ -116,4 +116,6 @@ def _downloader(source: Source, file: File, packages: Packages) -> Any:
 
 
 def _in_one_line(failure: BaseException) -> str:
+    if "Connection" in type(failure).__name__ or "Timeout" in type(failure).__name__:
+        return "no connection"  # what requests says of it fills a screen
     return " ".join(str(failure).split())[:200] or type(failure).__name__

