@@ -1,0 +1,28 @@
+from .backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
+from .cascaded_forward import CascadedForwardCNN, CascadedForwardConfig, fit_cascaded_forward
+from .classifier import LocalLearningClassifier
+from .forward_forward import ForwardForwardConfig, ForwardForwardMLP, fit_forward_forward
+from .model_files import load_model, save_model
+from .mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
+from .training import Epoch, History
+
+__all__ = [
+    "BackpropagationConfig",
+    "CascadedForwardCNN",
+    "CascadedForwardConfig",
+    "Epoch",
+    "ForwardForwardConfig",
+    "ForwardForwardMLP",
+    "History",
+    "LocalLearningClassifier",
+    "MonoForwardConfig",
+    "MonoForwardMLP",
+    "cnn",
+    "fit_backpropagation",
+    "fit_cascaded_forward",
+    "fit_forward_forward",
+    "fit_mono_forward",
+    "load_model",
+    "mlp",
+    "save_model",
+]
