@@ -99,17 +99,28 @@ def cnn(
         torch.Size([5, 10])
     """
     check_sizes(in_channels, channels, num_classes, names=("in_channels", "channels"))
+    height, width = block_output_size(image_size, len(channels))
+    blocks = [convolution_block(into, out) for into, out in itertools.pairwise([in_channels, *channels])]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(channels[-1] * height * width, num_classes))
+
+
+def convolution_block(into: int, out: int) -> nn.Sequential:
+    """3x3 convolution (padding 1, no bias, as batch norm follows), ReLU, 2x2 maximum, batch norm."""
+    return nn.Sequential(nn.Conv2d(into, out, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(out))
+
+
+def block_output_size(image_size: int | tuple[int, int], blocks: int) -> tuple[int, int]:
+    """Height and width after so many blocks, each of which halves them; ValueError where nothing is left.
+
+    >>> block_output_size(28, 3)
+    (3, 3)
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 2 ** len(channels):
+    if min(height, width) < 2**blocks:
         raise ValueError(
-            f"an image of {height}x{width} pixels is too small for {len(channels)} blocks; expected at least {2 ** len(channels)} a side: use fewer blocks"
+            f"an image of {height}x{width} pixels is too small for {blocks} blocks; expected at least {2**blocks} a side: use fewer blocks"
         )
-    blocks = [
-        nn.Sequential(nn.Conv2d(into, out, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(out))
-        for into, out in itertools.pairwise([in_channels, *channels])
-    ]
-    pixels = (height >> len(channels)) * (width >> len(channels))
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(channels[-1] * pixels, num_classes))
+    return height >> blocks, width >> blocks
 
 
 def fit_backpropagation(

@@ -60,19 +60,22 @@ def set_layer_gradients(
 
 @torch.no_grad()
 def set_projection_gradient(projection: nn.Linear, x: Float[Tensor, "batch in"], y: Int[Tensor, "batch"]) -> Tensor:
-    """Set `.grad` of M alone to the gradient of the loss of its scores on x; returns the loss."""
+    """Set `.grad` of M, and of its bias where it has one, to the gradient of the loss of its scores on x; returns the loss."""
     scores = projection(x)
-    projection.weight.grad = projection_gradient(cross_entropy_gradient(scores, y), x)
+    score_gradient = cross_entropy_gradient(scores, y)
+    projection.weight.grad = projection_gradient(score_gradient, x)
+    if projection.bias is not None:
+        projection.bias.grad = score_gradient.sum(0)
     return F.cross_entropy(scores, y)
 
 
 class ProjectionTrainer:
-    """Adam on a projection M alone: multinomial logistic regression without intercept."""
+    """Adam on a projection M alone: multinomial logistic regression, with an intercept where M has a bias."""
 
-    def __init__(self, projection: nn.Linear, lr: float) -> None:
+    def __init__(self, projection: nn.Linear, lr: float, weight_decay: float = 0.0) -> None:
         self.projection = projection
         self.modules = [projection]
-        self.optimizer = torch.optim.Adam(projection.parameters(), lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam(projection.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     def step(self, x: Float[Tensor, "batch width"], y: Int[Tensor, "batch"]) -> Tensor:
         """Take one step on a batch; returns its mean loss."""
