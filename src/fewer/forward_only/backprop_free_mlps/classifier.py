@@ -26,6 +26,7 @@ from fewer.forward_only.backprop_free_mlps.training import Callback, check_choic
 MethodName = Literal["mono-forward", "forward-forward", "cascaded-forward", "backpropagation"]
 Config = MonoForwardConfig | ForwardForwardConfig | CascadedForwardConfig | BackpropagationConfig
 
+FLOATS = [np.float64, np.float32]
 BLOCK = 128  # rows that are scored at a time
 
 
@@ -83,6 +84,8 @@ class LocalLearningClassifier(ClassifierMixin, BaseEstimator):
         (5, 3)
     """
 
+    n_features_in_: int
+
     def __init__(
         self,
         method: MethodName = "mono-forward",
@@ -118,27 +121,28 @@ class LocalLearningClassifier(ClassifierMixin, BaseEstimator):
             FloatingPointError: a loss is not finite; the message names layer and epoch.
         """
         config = self._chosen_config()
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], ensure_all_finite=False, ensure_min_samples=2)
+        given: Any = validate_data(self, X=X, y=y, dtype=FLOATS, ensure_all_finite=False, ensure_min_samples=2)  # pyright: ignore[reportArgumentType]
+        x, y = given
         check_classification_targets(y)
         self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y holds 1 class, {self.classes_[0]!r}; expected at least 2 classes: add rows of another class")
-        check_features(torch.tensor(X), "X")
-        self.mean_, self.scale_ = (float(X.mean()), float(X.std()) or 1.0) if self.normalize else (0.0, 1.0)
+        check_features(torch.tensor(x), "X")
+        self.mean_, self.scale_ = (float(x.mean()), float(x.std()) or 1.0) if self.normalize else (0.0, 1.0)
         draw = check_random_state(self.random_state)
-        train, held_out = self._split(len(X), draw)
+        train, held_out = self._split(len(x), draw)
         if not len(held_out):
             config = replace(config, patience=None)
         seed = int(draw.randint(2**31 - 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.build_network().to(self.device)
-        x, labels = self._inputs(X), torch.as_tensor(numbers)
+        inputs, labels = self._inputs(x), torch.as_tensor(numbers)
         self.history_ = METHODS[self.method].fit(
             model,
-            x[train],
+            inputs[train],
             labels[train],
-            validation=(x[held_out], labels[held_out]) if len(held_out) else None,
+            validation=(inputs[held_out], labels[held_out]) if len(held_out) else None,
             config=config,
             callbacks=callbacks,
             generator=torch.Generator().manual_seed(seed),
@@ -181,9 +185,9 @@ class LocalLearningClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"image_shape is {self.image_shape} and X has {features} features; expected channels x height x width to give them"
             )
-        channels, *size = self.image_shape
+        channels, height, width = self.image_shape
         make = CascadedForwardCNN if self.method == "cascaded-forward" else cnn
-        return make(channels, tuple(size), self.channels, classes)
+        return make(channels, (height, width), self.channels, classes)
 
     @property
     def _label_columns(self) -> int:
@@ -207,21 +211,21 @@ class LocalLearningClassifier(ClassifierMixin, BaseEstimator):
         held_out = min(math.ceil(self.validation_fraction * rows), rows - 1)
         return order[held_out:], order[:held_out]
 
-    def _inputs(self, X: NDArray[Any]) -> Tensor:
+    def _inputs(self, x: NDArray[Any]) -> Tensor:
         """What the network sees of the rows."""
-        x = torch.tensor((X - self.mean_) / self.scale_, dtype=torch.float32)
-        check_features(x, "X")
+        inputs = torch.tensor((x - self.mean_) / self.scale_, dtype=torch.float32, device=self.device)
+        check_features(inputs, "X")
         if self.image_shape is not None:
-            return x.unflatten(1, self.image_shape).to(self.device)
-        return F.pad(x, (self._label_columns, 0)).to(self.device)
+            return inputs.unflatten(1, self.image_shape)
+        return F.pad(inputs, (self._label_columns, 0))
 
     @torch.no_grad()
     def _scores(self, X: ArrayLike) -> Tensor:
         """Class scores [N, classes], in blocks of one size, so that a row's scores do not depend on how many came with it."""
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False)
+        x: Any = validate_data(self, X=X, reset=False, dtype=FLOATS, ensure_all_finite=False)  # pyright: ignore[reportArgumentType]
         scores = []
-        for block in self._inputs(X).split(BLOCK):
+        for block in self._inputs(x).split(BLOCK):
             whole = torch.cat([block, block.new_zeros(BLOCK - len(block), *block.shape[1:])])
             scores.append(self.model_(whole)[: len(block)])
         return torch.cat(scores).cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -123,7 +122,9 @@ def _classifier(description: dict[str, Any]) -> LocalLearningClassifier:
     """The classifier that `config.json` describes, without weights."""
     if description["format"] != FORMAT:
         raise ValueError(f"its format is {description['format']!r}; expected {FORMAT!r}")
-    parameters = {name: tuple(value) if isinstance(value, list) else value for name, value in description["parameters"].items()}
+    parameters: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in description["parameters"].items()
+    }
     if parameters["config"] is not None:
         parameters["config"] = METHODS[parameters["method"]].config(**parameters["config"])
     classifier = LocalLearningClassifier(**parameters)
