@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,7 @@ from fewer.study.verdicts import Verdict
 BLOCKS = "▁▂▃▄▅▆▇█"
 MARKS = {"holds": ("✓ holds", "green"), "fails": ("✗ fails", "red"), "not testable here": ("? not testable here", "yellow")}
 SPARK_WIDTH = 24
+ARM_WIDTH, FIGURE_WIDTH = 28, 18  # characters that a results table gives its arms and each of its figures
 
 
 def _table(title: str = "", **kwargs: Any) -> Table:
@@ -96,7 +98,7 @@ def _unit(unit: str) -> str:
 
 def run_view(record: Record) -> RenderableType:
     """All of a run: settings, figures, curves, verdicts, the plain paragraph, the machine."""
-    parts: list[RenderableType] = [settings_table(record), results_table(record)]
+    parts: list[RenderableType] = [settings_table(record), ResultsTable(record)]
     parts += [curves_table(record, chart) for chart in record.charts if isinstance(chart, Curve)]
     parts.append(verdicts_table(record.claims))
     if record.races:
@@ -109,17 +111,33 @@ def run_view(record: Record) -> RenderableType:
     return Group(*parts)
 
 
-def results_table(record: Record) -> Table:
-    """An arm a row, a shown figure a column: the mean and, below it, the range over seeds; a star marks the better of an arm and the one it is held against."""
-    results = record.results()
-    table = _table(f"{record.question} ({record.seeds} seeds: mean, lowest to highest; * better than the arm it is held against)")
-    table.add_column("arm", overflow="fold")
-    for figure in record.shown:
-        table.add_column(figure.label, justify="right", overflow="fold")
-    for name, arm in record.arms.items():
-        against = f"\n  against {record.arms[arm.against].label}" if arm.against in record.arms else ""
-        table.add_row(arm.label + against, *(_cell(results, figure, name, arm.against) for figure in record.shown))
-    return table
+@dataclass(frozen=True)
+class ResultsTable:
+    """An arm a row, a shown figure a column: the mean and, below it, the range over seeds; a star marks the better of an arm and the one it is held against.
+
+    Figures that do not fit beside each other stand in further tables below; those that are a detail are left to the page.
+    """
+
+    record: Record
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        record, results = self.record, self.record.results()
+        yield Text(record.question, style="bold")
+        yield Text(
+            f"{record.seeds} seed{'s' * (record.seeds > 1)}: mean, lowest to highest; * better than the arm it is held against", style="dim"
+        )
+        shown = [figure for figure in record.shown if not figure.detail]
+        columns = max(1, (options.max_width - ARM_WIDTH) // FIGURE_WIDTH)
+        for start in range(0, len(shown), columns):
+            table = _table()
+            table.add_column("arm", overflow="fold", min_width=min(ARM_WIDTH, options.max_width // 3))
+            for figure in shown[start : start + columns]:
+                table.add_column(figure.label, justify="right", overflow="fold", max_width=FIGURE_WIDTH - 3)
+            for name, arm in record.arms.items():
+                against = f"\n  against {arm.against}" if arm.against and start == 0 else ""
+                cells = [_cell(results, figure, name, arm.against) for figure in shown[start : start + columns]]
+                table.add_row(f"{name}{against}", *cells)
+            yield table
 
 
 def _cell(results: Results, figure: Figure, arm: str, against: str | None) -> str:

@@ -15,12 +15,14 @@ class Figure(msgspec.Struct, frozen=True):
         label: as the tables call it.
         unit: "%" shows a fraction times 100; "s", "bytes", "J" and "FLOP" are scaled for reading; "" is a plain number.
         better: which way is better; "" where neither is.
+        detail: shown on the page, left out of the terminal.
     """
 
     name: str
     label: str
     unit: str = ""
     better: Literal["higher", "lower", ""] = "lower"
+    detail: bool = False
 
 
 class Curve(msgspec.Struct, frozen=True, tag="curve"):

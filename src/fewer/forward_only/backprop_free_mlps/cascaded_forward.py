@@ -39,7 +39,7 @@ from fewer.forward_only.backprop_free_mlps.training import (
 )
 from fewer.meters import label_memory
 
-CHUNK = 1000  # images that a block works on at a time
+CHUNK = 128  # images that a block works on at a time: its convolution's output is the largest thing in memory
 
 
 @dataclass(frozen=True)

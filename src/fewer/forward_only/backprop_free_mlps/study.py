@@ -39,12 +39,12 @@ study = Study(
         Figure("flops", "floating-point operations", "FLOP"),
         Figure("train.backward_passes", "backward passes", ""),
         Figure("tensor_bytes", "peak tensor bytes", "bytes"),
-        Figure("tensor_bytes.parameters", "of which parameters", "bytes"),
-        Figure("tensor_bytes.gradients", "of which gradients", "bytes"),
-        Figure("tensor_bytes.optimizer state", "of which optimiser state", "bytes"),
-        Figure("tensor_bytes.activations", "of which activations", "bytes"),
         Figure("cache_bytes", "kept features beside that", "bytes"),
-        Figure("train.peak_memory", "peak resident memory", "bytes"),
+        Figure("tensor_bytes.parameters", "of which parameters", "bytes", detail=True),
+        Figure("tensor_bytes.gradients", "of which gradients", "bytes", detail=True),
+        Figure("tensor_bytes.optimizer state", "of which optimiser state", "bytes", detail=True),
+        Figure("tensor_bytes.activations", "of which activations", "bytes", detail=True),
+        Figure("train.peak_memory", "peak resident memory", "bytes", detail=True),
     ],
     charts=[
         Curve("validation_accuracy", over="epoch", x="elapsed", title="Validation accuracy over seconds of training"),
@@ -281,14 +281,14 @@ def bp_forward_forward(images: Images, trial: Trial) -> None:
     _backpropagation(images, trial, _mlp(mlp, images, trial))
 
 
-CAFO = {"channels": 16, "growth": 1, "epochs": 40, "patience": 3, "block_epochs": 5}
-CAFO_FULL = {"channels": 32, "growth": 2, "epochs": 145, "patience": 7, "block_epochs": 15}
+CAFO = {"channels": 16, "growth": 1, "epochs": 40, "patience": 3}
+CAFO_FULL = {"channels": 32, "growth": 2, "epochs": 145, "patience": 7}
 
 
 def _cascaded_forward(images: Images, trial: Trial, **kind: Any) -> None:
     chosen = trial.settings
     tuned = {name: chosen[name] for name in ("lr", "weight_decay", "ridge", "block_lr", "block_weight_decay") if name in chosen}
-    lengths = {name: chosen[name] for name in ("epochs", "patience", "block_epochs")}
+    lengths = {name: chosen[name] for name in ("epochs", "patience", "block_epochs") if name in chosen}
     config = CascadedForwardConfig(**kind, **tuned, **lengths)
     compare(images, trial, _cnn(CascadedForwardCNN, images, trial), fit_cascaded_forward, config, lambda stage: stage != "blocks")
 
@@ -314,8 +314,8 @@ def cafo_rand_mse(images: Images, trial: Trial) -> None:
     "cafo-dfa",
     against="bp-cafo",
     label="CaFo, blocks by direct feedback",
-    settings=CAFO,
-    at_full=CAFO_FULL | {"epochs": 85},
+    settings=CAFO | {"block_epochs": 5},
+    at_full=CAFO_FULL | {"epochs": 85, "block_epochs": 15},
     space=BP_SPACE | {"block_lr": LR, "block_weight_decay": WEIGHT_DECAY},
 )
 def cafo_dfa(images: Images, trial: Trial) -> None:
