@@ -83,7 +83,7 @@ def test_closed_form_gradients_equal_autograd_of_each_layers_own_loss(batch, act
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     batch=st.integers(1, 9), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3), classes=st.integers(2, 5), seed=st.integers(0, 99)
 )
@@ -237,7 +237,7 @@ def test_the_best_validation_state_is_kept(digits, schedule):
     def look(line):
         states[line.stage, line.epoch] = copy.deepcopy(model.state_dict())
 
-    config = replace(SHORT, schedule=schedule, lr=0.1, epochs_per_layer=8, patience=2)  # too high: validation soon gets worse
+    config = replace(SHORT, schedule=schedule, lr=0.1, epochs_per_layer=30, patience=2)  # too high: validation soon gets worse
     history = fit(model, digits, config, callbacks=[look])
     stages = [line.stage for line in history.epochs]
     deciding = ["layer 1", "layer 2", "layer 3"] if schedule == "sequential" else ["network"]
@@ -245,7 +245,7 @@ def test_the_best_validation_state_is_kept(digits, schedule):
         losses = [line.validation_loss for line in history.epochs if line.stage == stage]
         best = history.best[stage]
         assert losses[best - 1] <= min(losses) + config.min_delta
-        assert stages.count(stage) == min(best + 2, 8)
+        assert stages.count(stage) == min(best + 2, 30)
     assert any(history.best[stage] < stages.count(stage) for stage in deciding), "no stage stopped early: the check says nothing"
     if schedule == "simultaneous":
         assert same(model.state_dict(), states["network", history.best["network"]])
@@ -325,14 +325,14 @@ def test_a_learning_rate_without_bounds_ends_in_a_floating_point_error(digits, s
 
 
 def test_sequential_training_holds_gradients_and_adam_state_of_one_layer(digits):
-    train, held_out, _ = digits
+    (x, y), held_out, _ = digits
     model = network((256, 256, 256, 256))
     with tensor_memory(model) as peak:
-        fit_mono_forward(model, *train, validation=held_out, config=replace(SHORT, epochs_per_layer=1))
+        fit_mono_forward(model, x[:200], y[:200], validation=held_out, config=replace(SHORT, epochs_per_layer=1))
     layer = 4 * (256 * 256 + 256 + 256 * 10)
     assert peak.bytes["optimizer state"] <= 2 * layer + 100
     assert peak.bytes.get("gradients", 0) <= layer
-    assert peak.bytes["input cache"] == 4 * (1200 + 200) * 256
+    assert peak.bytes["input cache"] == 4 * (200 + 200) * 256
 
 
 HALF_OF_EACH_BATCH = """
