@@ -43,6 +43,9 @@ class Option:
         return value
 
 
+AtFull = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to do the job: the function that does it, its settings and what may be tuned."""
@@ -51,14 +54,16 @@ class Arm:
     run: Callable[..., None]
     against: str | None
     settings: Mapping[str, Any]
-    at_full: Mapping[str, Any]
+    at_full: AtFull
     space: Mapping[str, Space]
     label: str
 
-    def defaults(self, scale: Scale) -> dict[str, Any]:
+    def defaults(self, scale: Scale, options: Mapping[str, Any]) -> dict[str, Any]:
         """The settings before tuning: the space's defaults, then the arm's own, then those of the full scale."""
         spaced = {name: space.default for name, space in self.space.items()}
-        return spaced | dict(self.settings) | (dict(self.at_full) if scale is Scale.FULL else {})
+        if scale is not Scale.FULL:
+            return spaced | dict(self.settings)
+        return spaced | dict(self.settings) | dict(self.at_full(options) if callable(self.at_full) else self.at_full)
 
 
 @dataclass(frozen=True)
@@ -141,15 +146,18 @@ class Study:
         *,
         against: str | None = None,
         settings: Mapping[str, Any] | None = None,
-        at_full: Mapping[str, Any] | None = None,
+        at_full: AtFull | None = None,
         space: Mapping[str, Space] | None = None,
         label: str = "",
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-        """Declare an arm: `function(task, trial)`. `space` says which settings `fewer tune` may choose."""
+        """Declare an arm: `function(task, trial)`. `space` says which settings `fewer tune` may choose.
+
+        `at_full` are settings of the full scale, or a function that gives them for the study's options (another net for another set).
+        """
 
         def declare(function: Callable[..., None]) -> Callable[..., None]:
             held_against = against or (self.baseline if self.baseline != name else None)
-            self.arms[name] = Arm(name, function, held_against, dict(settings or {}), dict(at_full or {}), dict(space or {}), label or name)
+            self.arms[name] = Arm(name, function, held_against, dict(settings or {}), at_full or {}, dict(space or {}), label or name)
             return function
 
         return declare

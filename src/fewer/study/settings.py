@@ -39,7 +39,7 @@ def choose_settings(
     study: Study, module: str, arm: Arm, scale: Scale, options: Mapping[str, Any], store: Store | None
 ) -> tuple[dict[str, Any], str]:
     """The settings of an arm and their origin in words."""
-    settings = dict(options) | arm.defaults(scale)
+    settings = dict(options) | arm.defaults(scale, options)
     if not arm.space:
         return settings, "fixed"
     tuning = store.tuning(study.slug, arm.name, scale, options) if store else None

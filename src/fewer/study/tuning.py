@@ -32,7 +32,7 @@ def tune_arm(plan: Plan, arm: Arm, engine: Engine, *, trials: int, observe: Obse
     optuna: Any = require("optuna", "tuning")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     base = next(spec for spec in plan.specs if spec.arm == arm.name)
-    start = dict(plan.options) | arm.defaults(plan.scale)
+    start = dict(plan.options) | arm.defaults(plan.scale, plan.options)
     search = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=base.seed, n_startup_trials=max(1, trials // 4)),

@@ -97,6 +97,8 @@ def candidates() -> tuple[Step, Step]:
     @torch.no_grad()
     def theirs() -> Tensor:
         labels = [torch.full((len(x),), label) for label in range(CLASSES)]
-        return torch.stack([sum(model.layer_goodness(embed_labels(x, each, CLASSES))[model.judges]) for each in labels], dim=1)
+        return torch.stack(
+            [torch.stack(model.layer_goodness(embed_labels(x, each, CLASSES))[model.judges]).sum(0) for each in labels], dim=1
+        )
 
     return ours, theirs

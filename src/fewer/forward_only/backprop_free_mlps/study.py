@@ -6,26 +6,23 @@ watch (FLOPs, tensor bytes) is taken on a short fit of the same shape after the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fewer import data, meters
+from fewer import data
+from fewer.forward_only.backprop_free_mlps import release
 from fewer.forward_only.backprop_free_mlps.backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
 from fewer.forward_only.backprop_free_mlps.cascaded_forward import CascadedForwardCNN, CascadedForwardConfig, fit_cascaded_forward
+from fewer.forward_only.backprop_free_mlps.comparison import NETWORK, Images, Pair, compare
 from fewer.forward_only.backprop_free_mlps.forward_forward import ForwardForwardConfig, ForwardForwardMLP, fit_forward_forward
 from fewer.forward_only.backprop_free_mlps.mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
-from fewer.forward_only.backprop_free_mlps.training import Epoch, History
 from fewer.study import Bars, Curve, Difference, Figure, LogUniform, Results, Scale, Study, Tradeoff, Trial
 
 TRAIN, VALIDATION = 10_000, 5_000  # images at quick scale; at full scale all of them, a tenth for validation
-NETWORK = "network"  # the stage that stands for all of a network's layers, trained side by side
-SHORT = 4  # batches of the short fit
-NORMALISATION = {"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530), "cifar-10": (0.4734, 0.2516)}  # mean, deviation of pixels
 
 study = Study(
     "backprop-free-mlps",
@@ -45,6 +42,7 @@ study = Study(
         Figure("tensor_bytes.optimizer state", "of which optimiser state", "bytes", detail=True),
         Figure("tensor_bytes.activations", "of which activations", "bytes", detail=True),
         Figure("train.peak_memory", "peak resident memory", "bytes", detail=True),
+        Figure("train.co2e_kg", "CO2 equivalent", "kg", detail=True),
     ],
     charts=[
         Curve("validation_accuracy", over="epoch", x="elapsed", title="Validation accuracy over seconds of training"),
@@ -54,19 +52,7 @@ study = Study(
     ],
     time_limit=6 * 3600,
 )
-study.option("data", "fashion-mnist", choices=list(NORMALISATION), help="the images to learn")
-
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Images:
-    """Normalised images [N, C, H, W] with their labels."""
-
-    train: Pair
-    validation: Pair
-    test: Pair
-    classes: int
+study.option("data", "fashion-mnist", choices=list(release.NORMALISATION), help="the images to learn")
 
 
 @study.task
@@ -81,115 +67,20 @@ def task(scale: Scale, data: str) -> Images:
 
 def _load(name: str, split: Literal["train", "test"]) -> Pair:
     images = {"mnist": data.load_mnist, "fashion-mnist": data.load_fashion_mnist, "cifar-10": data.load_cifar10}[name](split)
-    mean, deviation = NORMALISATION[name]
+    mean, deviation = release.NORMALISATION[name]
     x = torch.as_tensor(images.x).unsqueeze(1) if images.x.ndim == 3 else torch.as_tensor(images.x)
     return (x.float() / 255 - mean) / deviation, torch.as_tensor(images.y)
-
-
-# How every arm is run
-
-Fit = Callable[..., History]
-
-
-def compare(images: Images, trial: Trial, make: Callable[[], nn.Module], fit: Fit, config: Any, stages: Callable[[str], bool]) -> None:
-    """Fit, then log accuracy and costs. `stages` says which stages' validation accuracies are those of the network so far."""
-    x, y = _to(trial.device, images.train)
-    model = make().to(trial.device)
-    shown: list[Epoch] = []
-
-    def follow(line: Epoch) -> None:
-        if stages(line.stage):
-            shown.append(line)
-            trial.report(len(shown), line.validation_accuracy)
-        trial.progress(*_progress(line, config), f"{line.stage}: {100 * line.validation_accuracy:.1f} % on validation data")
-
-    generator = torch.Generator().manual_seed(trial.seed)
-    with trial.measure("train"):
-        history = fit(model, x, y, validation=_to(trial.device, images.validation), config=config, callbacks=[follow], generator=generator)
-    kept = [line for line in shown if line.epoch == history.best[line.stage]]
-    trial.objective(kept[-1].validation_accuracy)
-    if trial.tuning:
-        return
-    trial.log("accuracy", accuracy(model, _to(trial.device, images.test)))
-    for number, line in enumerate(shown, start=1):
-        trial.log("validation_accuracy", line.validation_accuracy, epoch=number)
-        trial.log("elapsed", line.seconds, epoch=number)
-    epochs = sum(line.stage == NETWORK for line in history.epochs) or len(history.epochs)  # stages side by side share their passes
-    trial.log("epochs", epochs)
-    trial.log("epoch_seconds", history.seconds / epochs)
-    trial.log("cache_bytes", history.cache_bytes)
-    for note in history.notes:
-        trial.note("trainer", note)
-    _watch(images, trial, make, fit, config, history)
-
-
-def _watch(images: Images, trial: Trial, make: Callable[[], nn.Module], fit: Fit, config: Any, history: History) -> None:
-    """Tensor bytes and FLOPs, from short fits of the same shape."""
-    rows = SHORT * config.batch_size
-    share = rows / len(images.train[0])
-    short = [
-        _to(trial.device, (x[: math.ceil(share * len(x))], y[: math.ceil(share * len(y))])) for x, y in (images.train, images.validation)
-    ]
-
-    model = make().to(trial.device)
-    with meters.tensor_memory(model) as peak:
-        fit(model, *short[0], validation=short[1], config=_short(config, epochs=1))
-    kinds = {kind: size for kind, size in peak.bytes.items() if kind != "input cache"}
-    trial.log("tensor_bytes", sum(kinds.values()))
-    for kind in ("parameters", "gradients", "optimizer state", "activations", "temporaries"):
-        trial.log(f"tensor_bytes.{kind}", kinds.get(kind, 0))
-
-    counted: list[tuple[str, int]] = []
-    with meters.count_flops() as flops:
-        fit(make().to(trial.device), *short[0], validation=short[1], config=_short(config, epochs=2),
-            callbacks=[lambda line: counted.append((line.stage, flops.total))])  # fmt: skip
-    trial.log("flops", scaled_flops(counted, flops.total, {line.stage: line.epoch for line in history.epochs}) / share)
-    trial.note("flops", f"counted on fits of {rows} rows and scaled; elementwise operations and linear solves are not counted")
-
-
-def scaled_flops(counted: list[tuple[str, int]], total: int, epochs: dict[str, int]) -> int:
-    """FLOPs of a fit of so many epochs a stage, from those (stage, FLOPs so far) at the end of each epoch of one with two epochs a stage.
-
-    A stage's first epoch counts once, with what had to be done before it; its second one for all others.
-
-    >>> scaled_flops([("layer 1", 10), ("layer 1", 20), ("layer 2", 33), ("layer 2", 43)], 44, {"layer 1": 5, "layer 2": 3})
-    84
-    """
-    before, scaled, seen = 0, 0, set()
-    for stage, so_far in counted:
-        scaled += (so_far - before) * (epochs[stage] - 1 if stage in seen else 1)
-        before = so_far
-        seen.add(stage)
-    return scaled + total - before
-
-
-def _short(config: Any, epochs: int) -> Any:
-    """The same training for so many epochs a stage, without early stopping."""
-    lengths = {field.name: epochs for field in fields(config) if "epochs" in field.name}
-    return replace(config, patience=None, **lengths)
-
-
-def _progress(line: Epoch, config: Any) -> tuple[int, int]:
-    """Epochs done and to do at most, of the stage in training."""
-    return line.epoch, max(getattr(config, field.name) for field in fields(config) if "epochs" in field.name)
-
-
-def accuracy(model: nn.Module, data: Pair) -> float:
-    """The fraction of images whose highest score is their label's."""
-    model.eval()
-    with torch.no_grad():
-        right = sum((model(x).argmax(1) == y).sum() for x, y in zip(data[0].split(1000), data[1].split(1000), strict=True))
-    return float(right) / len(data[1])
-
-
-def _to(device: str, pair: Pair) -> Pair:
-    return pair[0].to(device), pair[1].to(device)
 
 
 # The arms
 
 LR = LogUniform(1e-5, 1e-2, start=5e-4)
 WEIGHT_DECAY = LogUniform(1e-6, 1e-3, start=1e-5)
+
+
+def _fields(config: Any, trial: Trial) -> dict[str, Any]:
+    """Those of the trial's settings that are fields of the config."""
+    return {field.name: trial.settings[field.name] for field in fields(config) if field.name in trial.settings}
 
 
 def _mlp(make: Callable[..., nn.Module], images: Images, trial: Trial) -> Callable[[], nn.Module]:
@@ -209,16 +100,31 @@ def in_channels_last(model: nn.Module) -> nn.Module:
 
 
 def _mono_forward(images: Images, trial: Trial, schedule: Literal["sequential", "simultaneous"], last: str) -> None:
-    chosen = trial.settings
-    config = MonoForwardConfig(schedule=schedule, lr=chosen["lr"], epochs_per_layer=chosen["epochs"], patience=chosen["patience"])
+    config = MonoForwardConfig(schedule=schedule, epochs_per_layer=trial.settings["epochs"], **_fields(MonoForwardConfig, trial))
     compare(images, trial, _mlp(MonoForwardMLP, images, trial), fit_mono_forward, config, lambda stage: stage.startswith(last))
 
 
+def at_full(arm: dict[str, dict[str, Any]], nets: dict[str, dict[str, Any]] | None = None, **more: Any) -> Callable[[Any], dict[str, Any]]:
+    """The release's settings for the data set at hand; the net is another arm's where `nets` is given."""
+
+    def settings(options: Mapping[str, Any]) -> dict[str, Any]:
+        net = release.of_set(nets, options["data"]) if nets else {}
+        return {name: net[name] for name in ("width", "depth") if name in net} | release.of_set(arm, options["data"]) | more
+
+    return settings
+
+
 MF = {"width": 500, "depth": 2, "epochs": 40, "patience": 3}
-MF_FULL = {"width": 1000, "patience": 10}
 
 
-@study.arm("mono-forward", against="bp-mono-forward", label="Mono-Forward", settings=MF, at_full=MF_FULL | {"epochs": 14}, space={"lr": LR})
+@study.arm(
+    "mono-forward",
+    against="bp-mono-forward",
+    label="Mono-Forward",
+    settings=MF,
+    at_full=at_full(release.MONO_FORWARD, patience=10),
+    space={"lr": LR},
+)
 def mono_forward(images: Images, trial: Trial) -> None:
     _mono_forward(images, trial, "sequential", last="layer")
 
@@ -228,7 +134,7 @@ def mono_forward(images: Images, trial: Trial) -> None:
     against="bp-mono-forward",
     label="Mono-Forward, all layers at once",
     settings=MF,
-    at_full=MF_FULL | {"epochs": 100},
+    at_full=at_full(release.MONO_FORWARD, epochs=100, patience=10),
     space={"lr": LR},
 )
 def mono_forward_simultaneous(images: Images, trial: Trial) -> None:
@@ -236,10 +142,7 @@ def mono_forward_simultaneous(images: Images, trial: Trial) -> None:
 
 
 def _backpropagation(images: Images, trial: Trial, make: Callable[[], nn.Module]) -> None:
-    chosen = trial.settings
-    config = BackpropagationConfig(
-        lr=chosen["lr"], weight_decay=chosen["weight_decay"], epochs=chosen["epochs"], patience=chosen["patience"]
-    )
+    config = BackpropagationConfig(**_fields(BackpropagationConfig, trial))
     compare(images, trial, make, fit_backpropagation, config, lambda stage: True)
 
 
@@ -250,7 +153,7 @@ BP_SPACE = {"lr": LR, "weight_decay": WEIGHT_DECAY}
     "bp-mono-forward",
     label="Backpropagation, Mono-Forward's net",
     settings=MF,
-    at_full=MF_FULL | {"epochs": 100},
+    at_full=at_full(release.BACKPROPAGATION, release.MONO_FORWARD, epochs=100, patience=10),
     space=BP_SPACE,
 )
 def bp_mono_forward(images: Images, trial: Trial) -> None:
@@ -258,15 +161,18 @@ def bp_mono_forward(images: Images, trial: Trial) -> None:
 
 
 FF = {"width": 500, "depth": 3, "epochs": 30, "patience": 3}
-FF_FULL = {"width": 1000, "epochs": 100, "patience": 20}
 
 
-@study.arm("forward-forward", against="bp-forward-forward", label="Forward-Forward", settings=FF, at_full=FF_FULL, space=BP_SPACE)
+@study.arm(
+    "forward-forward",
+    against="bp-forward-forward",
+    label="Forward-Forward",
+    settings=FF,
+    at_full=at_full(release.FORWARD_FORWARD, epochs=100, patience=20),
+    space=BP_SPACE,
+)
 def forward_forward(images: Images, trial: Trial) -> None:
-    chosen = trial.settings
-    config = ForwardForwardConfig(
-        lr=chosen["lr"], weight_decay=chosen["weight_decay"], epochs=chosen["epochs"], patience=chosen["patience"]
-    )
+    config = ForwardForwardConfig(**_fields(ForwardForwardConfig, trial))
     compare(images, trial, _mlp(ForwardForwardMLP, images, trial), fit_forward_forward, config, lambda stage: stage == NETWORK)
 
 
@@ -274,7 +180,7 @@ def forward_forward(images: Images, trial: Trial) -> None:
     "bp-forward-forward",
     label="Backpropagation, Forward-Forward's net",
     settings=FF,
-    at_full=FF_FULL | {"patience": 10},
+    at_full=at_full(release.BACKPROPAGATION, release.FORWARD_FORWARD, epochs=100, patience=10),
     space=BP_SPACE,
 )
 def bp_forward_forward(images: Images, trial: Trial) -> None:
@@ -282,18 +188,21 @@ def bp_forward_forward(images: Images, trial: Trial) -> None:
 
 
 CAFO = {"channels": 16, "growth": 1, "epochs": 40, "patience": 3}
-CAFO_FULL = {"channels": 32, "growth": 2, "epochs": 145, "patience": 7}
 
 
 def _cascaded_forward(images: Images, trial: Trial, **kind: Any) -> None:
-    chosen = trial.settings
-    tuned = {name: chosen[name] for name in ("lr", "weight_decay", "ridge", "block_lr", "block_weight_decay") if name in chosen}
-    lengths = {name: chosen[name] for name in ("epochs", "patience", "block_epochs") if name in chosen}
-    config = CascadedForwardConfig(**kind, **tuned, **lengths)
+    config = CascadedForwardConfig(**kind, **_fields(CascadedForwardConfig, trial))
     compare(images, trial, _cnn(CascadedForwardCNN, images, trial), fit_cascaded_forward, config, lambda stage: stage != "blocks")
 
 
-@study.arm("cafo-rand", against="bp-cafo", label="CaFo, random blocks", settings=CAFO, at_full=CAFO_FULL, space=BP_SPACE)
+@study.arm(
+    "cafo-rand",
+    against="bp-cafo",
+    label="CaFo, random blocks",
+    settings=CAFO,
+    at_full=at_full(release.CAFO_RANDOM, patience=7, channels=32, growth=2),
+    space=BP_SPACE,
+)
 def cafo_rand(images: Images, trial: Trial) -> None:
     _cascaded_forward(images, trial)
 
@@ -303,7 +212,7 @@ def cafo_rand(images: Images, trial: Trial) -> None:
     against="bp-cafo",
     label="CaFo, random blocks, closed form",
     settings=CAFO,
-    at_full=CAFO_FULL,
+    at_full={"channels": 32, "growth": 2},
     space={"ridge": LogUniform(1e-5, 1e-1, start=1e-3)},
 )
 def cafo_rand_mse(images: Images, trial: Trial) -> None:
@@ -315,7 +224,7 @@ def cafo_rand_mse(images: Images, trial: Trial) -> None:
     against="bp-cafo",
     label="CaFo, blocks by direct feedback",
     settings=CAFO | {"block_epochs": 5},
-    at_full=CAFO_FULL | {"epochs": 85, "block_epochs": 15},
+    at_full=at_full(release.CAFO_FEEDBACK, patience=7, channels=32, growth=2),
     space=BP_SPACE | {"block_lr": LR, "block_weight_decay": WEIGHT_DECAY},
 )
 def cafo_dfa(images: Images, trial: Trial) -> None:
@@ -326,7 +235,7 @@ def cafo_dfa(images: Images, trial: Trial) -> None:
     "bp-cafo",
     label="Backpropagation, CaFo's net",
     settings=CAFO | {"epochs": 15},
-    at_full=CAFO_FULL | {"epochs": 100, "patience": 10},
+    at_full=at_full(release.BACKPROPAGATION, epochs=100, patience=10, channels=32, growth=2),
     space=BP_SPACE,
 )
 def bp_cafo(images: Images, trial: Trial) -> None:
