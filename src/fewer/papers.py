@@ -106,7 +106,7 @@ def read_card(file: Path, package: str = "") -> Card:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{file}: cannot be read as TOML ({error}); mend the file") from error
     except msgspec.ValidationError as error:
-        raise UserError(f"{file}: {_plainly(str(error))}; mend the card (`fewer show backprop-free-mlps` shows a whole one)") from error
+        raise UserError(f"{file}: {_plainly(str(error))}; mend the card (`fewer show` of another method shows a whole one)") from error
 
 
 def _plainly(error: str) -> str:

@@ -195,7 +195,7 @@ def fit_cascaded_forward(
         >>> y = torch.arange(200) % 2
         >>> x = torch.randn(200, 1, 8, 8) + 2 * y.view(-1, 1, 1, 1)
         >>> model = CascadedForwardCNN(1, 8, (4, 8), 2)
-        >>> config = CascadedForwardConfig(epochs=10)
+        >>> config = CascadedForwardConfig(lr=1e-2, epochs=10, batch_size=25)
         >>> history = fit_cascaded_forward(model, x[:150], y[:150], validation=(x[150:], y[150:]), config=config)
         >>> history.epochs[-1].stage, history.epochs[-1].validation_accuracy > 0.9
         ('predictor 2', True)

@@ -279,7 +279,7 @@ def fit_forward_forward(
         >>> x = torch.randn(200, 6)
         >>> y = (x[:, 5] > 0).long()
         >>> model = ForwardForwardMLP(6, (32, 32), 2)
-        >>> config = ForwardForwardConfig(lr=1e-2, epochs=20, batch_size=50)
+        >>> config = ForwardForwardConfig(lr=1e-2, epochs=30, batch_size=25)
         >>> history = fit_forward_forward(model, x[:150], y[:150], validation=(x[150:], y[150:]), config=config)
         >>> history.epochs[-1].stage, max(line.validation_accuracy for line in history.epochs if line.stage == "network") > 0.9
         ('network', True)
