@@ -6,6 +6,7 @@ A chart is made from a record and the study's own declaration of it. Text and ax
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ INK = "#123456"  # stands for the page's own text colour
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#AA4499", "#8C6BB1", "#7F7F7F")
 WIDTH, ROW, FONT = 270, 28, 14
 LABELS = 170  # pixels for an arm's name
+WIDEST_FULL_TICKS = 100  # a logarithmic axis up to this ratio shows 1, 2 and 5 of each decade
 WIDE = 10  # ratios that span more than this are drawn on a logarithmic axis
 
 
@@ -163,7 +165,7 @@ def _ratios(record: Record, declaration: Bars) -> list[dict[str, Any]]:
                 continue
             if np.isfinite(ratio):
                 words = {"arm": arm.label, "against": record.arms[arm.against].label, "figure": _label(record, figure)}
-                rows.append(words | {"ratio": ratio, "text": f"{ratio:.3g}×"})
+                rows.append(words | {"ratio": ratio, "text": f"{ratio:.2g}×", "text_at": max(ratio, 1.0)})
     return rows
 
 
@@ -182,7 +184,10 @@ def _bars(record: Record, declaration: Bars) -> Any:
         own = [row for row in rows if row["figure"] == figure]
         base = alt.Chart(alt.Data(values=own)).encode(y=_arm_axis([row["arm"] for row in own]))
         x = alt.X(
-            "ratio:Q", title=None, scale=alt.Scale(type="log" if log else "linear", domain=domain), axis=alt.Axis(format="~g", tickCount=5)
+            "ratio:Q",
+            title=None,
+            scale=alt.Scale(type="log" if log else "linear", domain=domain, nice=False),
+            axis=alt.Axis(format="~g", values=_log_ticks(*domain)) if log else alt.Axis(format="~g", tickCount=5),
         )
         dots = base.mark_point(filled=True, size=90, opacity=1).encode(
             x=x, color=_colours(record, {row["arm"] for row in own}, legend=False)
@@ -192,7 +197,7 @@ def _bars(record: Record, declaration: Bars) -> Any:
             .mark_rule(strokeWidth=4, opacity=0.55)
             .encode(x=x, x2="one:Q", color=_colours(record, set(), legend=False))
         )
-        text = base.mark_text(align="left", dx=9, color=INK, fontSize=FONT).encode(x=x, text="text:N")
+        text = base.mark_text(align="left", dx=9, color=INK, fontSize=FONT).encode(x="text_at:Q", text="text:N")
         one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x=alt.X("one:Q"))
         panels.append((one + stems + dots + text).properties(width=WIDTH, height=ROW * len(own), title=f"{figure}, 1 = the same"))
     return alt.vconcat(*panels, spacing=18)
@@ -266,11 +271,15 @@ def _tradeoff(record: Record, declaration: Tradeoff) -> Any:
         return None
     quality, cost = _figure(record, declaration.quality), _figure(record, declaration.cost)
     values = _in_unit(_in_unit(points, quality, "quality"), cost, "cost")
+    costs = [value["cost"] for value in values]
+    log = declaration.log and min(costs) > 0
+    domain = [min(costs) / 1.5, max(costs) * 1.5]
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X(
             "cost:Q",
             title=_axis_title(record, cost.name),
-            scale=alt.Scale(type="log" if declaration.log else "linear", zero=False, padding=25),
+            scale=alt.Scale(type="log", domain=domain, nice=False) if log else alt.Scale(zero=False, padding=25),
+            axis=alt.Axis(format="~g", values=_log_ticks(*domain)) if log else alt.Axis(),
         ),
         y=alt.Y("quality:Q", title=_axis_title(record, quality.name), scale=alt.Scale(zero=False, padding=20)),
     )
@@ -303,6 +312,18 @@ def _in_unit(rows: list[dict[str, Any]], figure: Figure, *names: str) -> list[di
     """Rows with these values as the axis shows them: fractions in per cent, bytes in MiB."""
     factor = {"%": 100.0, "bytes": 2.0**-20}.get(figure.unit, 1.0)
     return [row | {name: row[name] * factor for name in names} for row in rows]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ... between two values; over more than two decades the powers of ten alone.
+
+    >>> _log_ticks(0.15, 12), _log_ticks(0.5, 2000)
+    ([0.2, 0.5, 1.0, 2.0, 5.0, 10.0], [1.0, 10.0, 100.0, 1000.0])
+    """
+    steps = (1, 2, 5) if high / low <= WIDEST_FULL_TICKS else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{step}e{power}") for power in powers for step in steps]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _arm_axis(arms: list[str]) -> Any:

@@ -42,7 +42,8 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
         (part / "index.html").write_text(index, encoding="utf8")
         template = environment.get_template("method.html")
         for card, record in entries:
-            page = template.render(card=card, record=record, charts=_drawn(record), root="../")
+            columns = terminal.tabled(record) if record else []
+            page = template.render(card=card, record=record, charts=_drawn(record), tabled=columns, root="../")
             (part / "methods" / f"{card.slug}.html").write_text(page, encoding="utf8")
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
@@ -94,7 +95,7 @@ def _cells(record: Record) -> list[dict[str, Any]]:
     results, rows = record.results(), []
     for name, arm in record.arms.items():
         cells = []
-        for figure in record.shown:
+        for figure in terminal.tabled(record):
             values = terminal.seed_values(results, figure.name, name)
             if not len(values):
                 cells.append({"mean": "–", "spread": "", "better": False})

@@ -126,7 +126,7 @@ class ResultsTable:
         yield Text(
             f"{record.seeds} seed{'s' * (record.seeds > 1)}: mean, lowest to highest; * better than the arm it is held against", style="dim"
         )
-        shown = [figure for figure in record.shown if not figure.detail]
+        shown = [figure for figure in tabled(record) if not figure.detail]
         columns = max(1, (options.max_width - ARM_WIDTH) // FIGURE_WIDTH)
         for start in range(0, len(shown), columns):
             table = _table()
@@ -138,6 +138,12 @@ class ResultsTable:
                 cells = [_cell(results, figure, name, arm.against) for figure in shown[start : start + columns]]
                 table.add_row(f"{name}{against}", *cells)
             yield table
+
+
+def tabled(record: Record) -> list[Figure]:
+    """The shown figures that are logged without coordinates by an arm: columns of a table, where others are curves."""
+    results = record.results()
+    return [figure for figure in record.shown if any(len(seed_values(results, figure.name, arm)) for arm in record.arms)]
 
 
 def _cell(results: Results, figure: Figure, arm: str, against: str | None) -> str:

@@ -43,6 +43,8 @@ study = Study(
         Figure("tensor_bytes.activations", "of which activations", "bytes", detail=True),
         Figure("train.peak_memory", "peak resident memory", "bytes", detail=True),
         Figure("train.co2e_kg", "CO2 equivalent", "kg", detail=True),
+        Figure("validation_accuracy", "validation accuracy", "%", "higher"),
+        Figure("elapsed", "seconds of training", "s"),
     ],
     charts=[
         Curve("validation_accuracy", over="epoch", x="elapsed", title="Validation accuracy over seconds of training"),
@@ -132,7 +134,7 @@ def mono_forward(images: Images, trial: Trial) -> None:
 @study.arm(
     "mono-forward-simultaneous",
     against="bp-mono-forward",
-    label="Mono-Forward, all layers at once",
+    label="Mono-Forward at once",
     settings=MF,
     at_full=at_full(release.MONO_FORWARD, epochs=100, patience=10),
     space={"lr": LR},
@@ -151,7 +153,7 @@ BP_SPACE = {"lr": LR, "weight_decay": WEIGHT_DECAY}
 
 @study.arm(
     "bp-mono-forward",
-    label="Backpropagation, Mono-Forward's net",
+    label="BP (MF's net)",
     settings=MF,
     at_full=at_full(release.BACKPROPAGATION, release.MONO_FORWARD, epochs=100, patience=10),
     space=BP_SPACE,
@@ -178,7 +180,7 @@ def forward_forward(images: Images, trial: Trial) -> None:
 
 @study.arm(
     "bp-forward-forward",
-    label="Backpropagation, Forward-Forward's net",
+    label="BP (FF's net)",
     settings=FF,
     at_full=at_full(release.BACKPROPAGATION, release.FORWARD_FORWARD, epochs=100, patience=10),
     space=BP_SPACE,
@@ -198,7 +200,7 @@ def _cascaded_forward(images: Images, trial: Trial, **kind: Any) -> None:
 @study.arm(
     "cafo-rand",
     against="bp-cafo",
-    label="CaFo, random blocks",
+    label="CaFo, random",
     settings=CAFO,
     at_full=at_full(release.CAFO_RANDOM, patience=7, channels=32, growth=2),
     space=BP_SPACE,
@@ -210,7 +212,7 @@ def cafo_rand(images: Images, trial: Trial) -> None:
 @study.arm(
     "cafo-rand-mse",
     against="bp-cafo",
-    label="CaFo, random blocks, closed form",
+    label="CaFo, closed form",
     settings=CAFO,
     at_full={"channels": 32, "growth": 2},
     space={"ridge": LogUniform(1e-5, 1e-1, start=1e-3)},
@@ -222,7 +224,7 @@ def cafo_rand_mse(images: Images, trial: Trial) -> None:
 @study.arm(
     "cafo-dfa",
     against="bp-cafo",
-    label="CaFo, blocks by direct feedback",
+    label="CaFo, feedback",
     settings=CAFO | {"block_epochs": 5},
     at_full=at_full(release.CAFO_FEEDBACK, patience=7, channels=32, growth=2),
     space=BP_SPACE | {"block_lr": LR, "block_weight_decay": WEIGHT_DECAY},
@@ -233,7 +235,7 @@ def cafo_dfa(images: Images, trial: Trial) -> None:
 
 @study.arm(
     "bp-cafo",
-    label="Backpropagation, CaFo's net",
+    label="BP (CaFo's net)",
     settings=CAFO | {"epochs": 15},
     at_full=at_full(release.BACKPROPAGATION, epochs=100, patience=10, channels=32, growth=2),
     space=BP_SPACE,
