@@ -96,8 +96,8 @@ def test_chart_tables_hold_the_figures_of_the_results(record):
 def test_the_pareto_front_holds_what_nothing_beats(record):
     _, rows = charts.table(record, Tradeoff("final", "work.seconds"))
     assert any(row[3] == "on the front" for row in rows)
-    best = min(rows, key=lambda row: float(row[1].split()[0]))
-    assert best[3] == "on the front"
+    lowest = min(float(row[1].split()[0]) for row in rows)
+    assert any(row[3] == "on the front" for row in rows if float(row[1].split()[0]) == lowest)
 
 
 def test_pages_load_nothing_from_outside_and_escape_what_cards_say(site):
