@@ -133,6 +133,14 @@ def test_the_closed_form_equals_least_squares_on_the_augmented_system(digits):
     assert np.abs(predictor.bias.detach().numpy() - expected[-1]).max() < 1e-8
 
 
+def test_the_closed_form_stands_features_far_from_zero_and_a_small_ridge():
+    torch.manual_seed(0)
+    a = torch.rand(400, 300) * 0.01 + 10
+    predictor = nn.Linear(300, 10)
+    fit_ridge(predictor, a, torch.arange(400) % 10, ridge=1e-8)
+    assert predictor.weight.isfinite().all()
+
+
 def test_a_predictors_closed_form_gradient_is_autograds(digits):
     x, y = digits[0][:9].flatten(1).double(), digits[1][:9]
     predictor = nn.Linear(64, 10).double()

@@ -7,14 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 2048  # rows whose products are formed at a time
+CHUNK = 512  # rows whose products are formed at a time
 
 
 @torch.no_grad()
 def fit_ridge(predictor: nn.Linear, a: Float[Tensor, "rows width"], y: Int[Tensor, "rows"], ridge: float) -> None:
     """Set weight and bias to (A^T A + lambda I)^{-1} A^T Y, with a column of ones in A for the bias and Y the one-hot labels.
 
-    The products are formed in a's dtype and summed in float64, in which the system is solved.
+    In float64 throughout: features are not centred, so that products rounded to float32 can leave A^T A with negative eigenvalues
+    larger than lambda.
 
     Args:
         a: the features.
@@ -25,9 +26,9 @@ def fit_ridge(predictor: nn.Linear, a: Float[Tensor, "rows width"], y: Int[Tenso
     gram = torch.zeros(width, width, dtype=torch.float64, device=a.device)
     target = torch.zeros(width, classes, dtype=torch.float64, device=a.device)
     for part, labels in zip(a.split(CHUNK), y.split(CHUNK), strict=True):
-        ones = F.pad(part, (0, 1), value=1.0)
+        ones = F.pad(part.double(), (0, 1), value=1.0)
         gram += ones.T @ ones
-        target += ones.T @ F.one_hot(labels, classes).to(a.dtype)
+        target += ones.T @ F.one_hot(labels, classes).double()
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     solution = torch.cholesky_solve(target, torch.linalg.cholesky(gram))
     predictor.weight.copy_(solution[:-1].T)
