@@ -205,6 +205,8 @@ def test_mnist_comes_from_its_npm_package():
     assert train.y[:5].tolist() == [5, 0, 4, 1, 9]
     assert train.x.mean() / 255 == pytest.approx(0.1307, abs=1e-4)
     assert train.x.std() / 255 == pytest.approx(0.3081, abs=1e-4)
+    one = train.x[train.y == 1].mean(0) > 64
+    assert one.any(1).sum() > 2 * one.any(0).sum(), "a one is high and narrow"
     with pytest.raises(ValueError, match="split is 'valid'; expected 'train' or 'test'"):
         data.load_mnist("valid")  # pyright: ignore[reportArgumentType]
 
