@@ -234,6 +234,15 @@ def test_one_seed_gives_one_result_and_a_state_dict_all_of_it(digits, settings):
     assert torch.equal(copied(digits[0][:50]), one(digits[0][:50]))
 
 
+def test_the_generator_alone_decides_whatever_torchs_own_state(digits):
+    results = []
+    for seed in (1, 2):
+        model = network()
+        torch.manual_seed(seed)
+        results.append(fitted(digits, model, blocks="dfa", block_epochs=1, epochs=1)[0].state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
 def test_early_stopping_keeps_the_best_state(digits):
     x, y = digits
     model = network()

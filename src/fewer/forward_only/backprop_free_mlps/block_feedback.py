@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,15 @@ def random_feedback(classes: int, width: int, like: Tensor, generator: torch.Gen
     """B_i: Gaussian rows, normalised to length 1."""
     device = generator.device if generator else None
     return F.normalize(torch.randn(classes, width, generator=generator, device=device), dim=1).to(like)
+
+
+def auxiliary_layer(readout: nn.Linear, generator: torch.Generator | None = None) -> nn.Linear:
+    """A new linear layer of the shape of `readout`, uniform in +-1/sqrt(inputs) as torch's own, but drawn from `generator`."""
+    auxiliary = nn.Linear(readout.in_features, readout.out_features, device=generator.device if generator else None)
+    bound = 1 / math.sqrt(readout.in_features)
+    for parameter in auxiliary.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return auxiliary.to(readout.weight)
 
 
 class FeedbackTrainer:
@@ -34,7 +44,7 @@ class FeedbackTrainer:
         self, blocks: Sequence[nn.Module], readout: nn.Linear, lr: float, weight_decay: float, generator: torch.Generator | None = None
     ) -> None:
         self.blocks, self.generator = list(blocks), generator
-        self.auxiliary = nn.Linear(readout.in_features, readout.out_features).to(readout.weight)
+        self.auxiliary = auxiliary_layer(readout, generator)
         self.feedback: list[Tensor] = []
         parameters = [p for module in [*self.blocks, self.auxiliary] for p in module.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
