@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -101,9 +102,8 @@ def test_a_training_file_that_cannot_be_used_is_refused_in_one_line(files):
     }
     for what, arrays in cases.items():
         np.savez(files / "train.npz", allow_pickle=True, **arrays)
-        with pytest.raises(ValueError, match=".") as raised:
+        with pytest.raises(ValueError, match=re.escape(what)) as raised:
             train(files)
-        assert what in str(raised.value)
         assert "\n" not in str(raised.value)
     assert not (files / "model").exists()
 
@@ -120,7 +120,7 @@ def test_nothing_is_ever_unpickled(files, monkeypatch):
         train(files)
     np.save(files / "train.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     (files / "train.npy").rename(files / "train.npz")
-    with pytest.raises(ValueError, match="cannot be read as an .npz file"):
+    with pytest.raises(ValueError, match=r"cannot be read as an .npz file"):
         train(files)
     assert not (files / "exploded").exists()
 
@@ -128,14 +128,14 @@ def test_nothing_is_ever_unpickled(files, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no archive", b"\x93NUMPY"])
 def test_a_file_that_is_no_npz_is_refused(files, content):
     (files / "train.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read as an .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"cannot be read as an .npz file of plain arrays"):
         train(files)
 
 
 def test_a_cut_file_is_refused(files):
     whole = (files / "train.npz").read_bytes()
     (files / "train.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cannot be read as an .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"cannot be read as an .npz file of plain arrays"):
         train(files)
 
 
@@ -157,13 +157,13 @@ def test_an_option_that_cannot_be_used_is_refused(files, settings, what):
 
 
 def test_files_that_are_not_there_or_should_not_be_are_told(files):
-    with pytest.raises(FileNotFoundError, match="nothing.npz is no file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.npz is no file"):
         train_local(files / "nothing.npz", out=files / "model")
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         predict_local(files / "nowhere", files / "test.npz")
     train(files, epochs=1)
     (files / "p.npz").write_text("mine")
-    with pytest.raises(FileExistsError, match="p.npz exists; expected a new file"):
+    with pytest.raises(FileExistsError, match=r"p.npz exists; expected a new file"):
         predict_local(files / "model", files / "test.npz", out=files / "p.npz")
     assert (files / "p.npz").read_text() == "mine"
     predict_local(files / "model", files / "test.npz", out=files / "p.npz", overwrite=True)
@@ -173,7 +173,7 @@ def test_files_that_are_not_there_or_should_not_be_are_told(files):
 def test_a_model_refuses_data_of_another_width(files):
     train(files, epochs=1)
     np.savez(files / "wide.npz", x=np.zeros((3, 65)))
-    with pytest.raises(ValueError, match="X has 65 features, but .* is expecting 64"):
+    with pytest.raises(ValueError, match=r"X has 65 features, but .* is expecting 64"):
         predict_local(files / "model", files / "wide.npz")
 
 
