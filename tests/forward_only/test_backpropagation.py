@@ -187,6 +187,15 @@ def test_data_that_cannot_be_used_are_refused_in_one_line(x, y, what):
     assert "\n" not in str(raised.value)
 
 
+def test_a_refusal_leaves_the_model_as_it_was_and_validation_is_checked_too():
+    model = network().train()
+    with pytest.raises(ValueError, match="which the model cannot take"):
+        fit_backpropagation(model, torch.zeros(20, 63), Y, validation=(X, Y))
+    assert model.training
+    with pytest.raises(ValueError, match="x of validation has 63 features an example; expected 64"):
+        fit_backpropagation(model, X, Y, validation=(torch.zeros(20, 63), Y))
+
+
 def test_a_model_whose_output_is_no_scores_is_refused():
     with pytest.raises(ValueError, match=r"gives \(1, 8, 8\) for one example; expected scores"):
         fit_backpropagation(nn.Sequential(nn.Linear(64, 64), nn.Unflatten(1, (8, 8))), X, Y, validation=(X, Y))

@@ -17,6 +17,7 @@ from fewer.forward_only.backprop_free_mlps.block_feedback import FeedbackTrainer
 from fewer.forward_only.backprop_free_mlps.layer_training import set_projection_gradient
 from fewer.forward_only.backprop_free_mlps.local_loss import softmax_error
 from fewer.forward_only.backprop_free_mlps.ridge import fit_ridge
+from fewer.forward_only.backprop_free_mlps.training import batches_of
 from fewer.meters import counting
 
 
@@ -55,7 +56,8 @@ def test_it_learns_digits(digits, settings):
     assert accuracy(model, digits) > 0.9
     assert list(history.best)[-2:] == ["predictor 1", "predictor 2"]
     assert ("blocks" in history.best) == (settings.get("blocks") == "dfa")
-    assert history.cache_bytes == 4 * 8 * 4 * 4 * 1500  # the features of the first block, of all images
+    first, second = 8 * 4 * 4, 16 * 2 * 2  # features of an image; while the second block's are made, the first's are still there
+    assert history.cache_bytes == 4 * (first + second) * 1500
 
 
 def test_blocks_halve_the_image_and_are_initialised_for_relu():
@@ -211,6 +213,50 @@ def test_nothing_reaches_an_earlier_block_but_its_feedback(digits):
     trainer.set_gradients(digits[0][:8], digits[1][:8])
     assert all(not parameter.grad.any() for parameter in model.blocks[0].parameters())
     assert all(parameter.grad.any() for parameter in model.blocks[1].parameters())
+
+
+def test_no_graph_spans_two_blocks(digits):
+    """What a block saves for its own backward pass carries no gradient on into the block before."""
+    model = network()
+    trainer = FeedbackTrainer(model.blocks, model.predictors[-1], lr=1e-3, weight_decay=0.0)
+    inputs = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    trainer.set_gradients(digits[0][:8], digits[1][:8])
+    assert len(inputs) == 2
+    assert not any(given.requires_grad for given in inputs)
+    changed = copy.deepcopy(model.blocks[0][0].weight.grad)
+    model.blocks[1][0].weight.data += 1.0
+    trainer.auxiliary.weight.data[:] = 0.0
+    trainer.auxiliary.bias.data[:] = 0.0
+    error = softmax_error(torch.zeros(8, 10), digits[1][:8])
+    model.zero_grad()
+    trainer.set_gradients(digits[0][:8], digits[1][:8])
+    h = model.blocks[0](digits[0][:8])
+    (alone,) = torch.autograd.grad(h, [model.blocks[0][0].weight], grad_outputs=(error @ trainer.feedback[0]).view_as(h))
+    assert torch.equal(model.blocks[0][0].weight.grad, alone)  # given the error, the later block and the read-out play no part
+    assert not torch.equal(alone, changed)
+
+
+@pytest.mark.parametrize("rows", [101, 102])
+def test_a_single_row_at_the_end_joins_the_batch_before(digits, rows):
+    """Batch norm cannot train on one row, of images of one pixel."""
+    x, y = digits[0][:rows], digits[1][:rows]
+    model = network((4, 4, 4))
+    config = CascadedForwardConfig(blocks="dfa", batch_size=50, block_epochs=1, epochs=1, patience=None)
+    fit_cascaded_forward(model, x, y, validation=None, config=config)
+    sizes = [len(labels) for _, labels in batches_of(x, y, 50, shuffle=True)]
+    assert sizes == {101: [50, 51], 102: [50, 50, 2]}[rows]
+    assert [len(labels) for _, labels in batches_of(x[:3], y[:3], 1)] == [1, 1, 1]
+    assert [len(labels) for _, labels in batches_of(x[:1], y[:1], 50)] == [1]
+
+
+def test_a_closed_form_without_a_solution_names_its_predictor(digits):
+    x, y = digits
+    with pytest.raises(FloatingPointError, match=r"predictor 1 .*epoch 1.*ridge"):
+        fit_cascaded_forward(
+            network().double(), x.double() * 1e200, y, validation=None, config=CascadedForwardConfig(predictor_loss="mse", patience=None)
+        )
 
 
 def test_batches_of_any_size_and_order_give_the_same_predictions(digits):

@@ -213,6 +213,13 @@ def test_a_config_and_words_as_labels_come_back(digits, tmp_path):
     assert np.array_equal(loaded.predict(x), classifier.predict(x))
 
 
+def test_numbers_of_numpy_are_written_as_numbers(digits, tmp_path):
+    x, _, y, _ = digits
+    classifier = LocalLearningClassifier(hidden_sizes=np.array([16, 8]), epochs=np.int64(1), lr=np.float64(1e-3), random_state=0)
+    save_model(classifier.fit(x[:200], y[:200]), tmp_path / "model")
+    assert (load_model(tmp_path / "model").predict(x[:50]) == classifier.predict(x[:50])).all()
+
+
 def test_a_folder_is_never_overwritten_unasked_and_never_if_it_is_no_model(fitted, tmp_path):
     classifier = fitted["mono-forward"]
     (tmp_path / "empty").mkdir()

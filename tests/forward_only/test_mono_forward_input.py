@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fewer.forward_only import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
 
@@ -47,18 +47,31 @@ def test_a_batch_of_a_dataloader_is_checked_too():
         fit_mono_forward(network(), DataLoader(TensorDataset(X, Y)), Y, validation=(X, Y))
 
 
-@pytest.mark.parametrize("empty", [None, (X[:0], Y[:0])])
+@pytest.mark.parametrize("empty", [None, (X[:0], Y[:0]), [X[:0], Y[:0]], DataLoader(TensorDataset(X[:0], Y[:0]))])
 def test_early_stopping_needs_validation_data(empty):
     with pytest.raises(ValueError, match="validation is empty while early stopping is on"):
         fit_mono_forward(network(), X, Y, validation=empty)
-    history = fit_mono_forward(network(), X, Y, validation=empty, config=replace(SHORT, patience=None))
-    assert np.isnan(history.epochs[0].validation_accuracy)
+    if not isinstance(empty, DataLoader):
+        history = fit_mono_forward(network(), X, Y, validation=empty, config=replace(SHORT, patience=None))
+        assert np.isnan(history.epochs[0].validation_accuracy)
+
+
+def test_a_stream_without_batches_is_told():
+    class Nothing(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match="x of validation yields no batches; expected at least one"):
+        fit_mono_forward(network(), X, Y, validation=DataLoader(Nothing()), config=SHORT)
+    with pytest.raises(ValueError, match="x yields no batches"):
+        fit_mono_forward(network(), DataLoader(Nothing()), None, validation=(X, Y), config=SHORT)
 
 
 @pytest.mark.parametrize(
     "setting",
     [
         {"batch_size": 0},
+        {"batch_size": True},
         {"lr": 0.0},
         {"lr": -1.0},
         {"lr": float("nan")},
@@ -74,7 +87,7 @@ def test_a_setting_that_cannot_be_used_is_refused(setting):
         MonoForwardConfig(**setting)
 
 
-@pytest.mark.parametrize("sizes", [(), (10, 0), (-1,), (2.5,)])
+@pytest.mark.parametrize("sizes", [(), (10, 0), (-1,), (2.5,), (True,)])
 def test_layer_sizes_that_cannot_be_used_are_refused(sizes):
     with pytest.raises(ValueError, match=r"hidden_sizes is .*; expected at least one whole number above 0"):
         MonoForwardMLP(64, sizes, 10)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,36 +23,52 @@ class TensorMemory:
 
     Attributes:
         bytes: bytes of each kind at the moment when all tensors together held the most.
+        beside: peak bytes of each kind that was kept out of that.
         allocator_peak: on a GPU, the peak of torch's allocator (bytes), rounding and workspaces included; None on a CPU.
     """
 
     bytes: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)
     allocator_peak: int | None = None
 
     @property
     def total(self) -> int:
-        """Bytes of all kinds at the peak."""
+        """Bytes of all kinds at the peak, without those beside it."""
         return sum(self.bytes.values())
 
 
 _open: list[Any] = []
 
 
-def label_memory(kind: str, *tensors: Tensor) -> None:
-    """Name what tensors are for (an input cache, ...), so that an open `tensor_memory` shows their bytes as that kind."""
-    for tracker in _open:
-        for tensor in tensors:
-            tracker.label(kind, tensor)
+@contextlib.contextmanager
+def memory_for(kind: str) -> Iterator[None]:
+    """Name what the tensors made in the block are for (an input cache, ...): an open `tensor_memory` shows their bytes as that kind.
+
+    Where none is open, it costs nothing.
+    """
+    trackers = list(_open)
+    before = [tracker.purpose for tracker in trackers]
+    for tracker in trackers:
+        tracker.purpose = kind
+    try:
+        yield
+    finally:
+        for tracker, purpose in zip(trackers, before, strict=True):
+            tracker.purpose = purpose
 
 
 @contextlib.contextmanager
-def tensor_memory(*tracked: nn.Module | optim.Optimizer) -> Iterator[TensorMemory]:
+def tensor_memory(*tracked: nn.Module | optim.Optimizer, beside: Sequence[str] = ()) -> Iterator[TensorMemory]:
     """Peak bytes of tensors inside the block: those made in it, and those of the modules and optimizers that are named.
 
     Kinds: parameters, buffers, gradients (what optimizers find in `.grad`), optimizer state, temporaries (made during a backward
-    pass or an optimizer's step), activations (everything else made inside), and what `label_memory` names. Data from outside the
+    pass or an optimizer's step), activations (everything else made inside), and what `memory_for` names. Data from outside the
     block are not counted, nor what a kernel takes and gives back by itself. Works for any training loop, with or without autograd
     and for optimizers made inside. Each operation is watched: never time a block under it.
+
+    Args:
+        tracked: modules and optimizers that exist already.
+        beside: kinds named by `memory_for` that are not part of the peak, but get one of their own.
 
     Examples:
         >>> import torch
@@ -66,7 +82,7 @@ def tensor_memory(*tracked: nn.Module | optim.Optimizer) -> Iterator[TensorMemor
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     found = TensorMemory()
-    tracker = _tracker_class()(tracked)
+    tracker = _tracker_class()(tracked, beside)
     on_gpu = torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -82,7 +98,7 @@ def tensor_memory(*tracked: nn.Module | optim.Optimizer) -> Iterator[TensorMemor
         _open.remove(tracker)
         for hook in hooks:
             hook.remove()
-        found.bytes = tracker.bytes_at_peak()
+        found.bytes, found.beside = tracker.bytes_at_peak(), dict(tracker.peak_beside)
         found.allocator_peak = torch.cuda.max_memory_allocated() if on_gpu else None
 
 
@@ -97,8 +113,12 @@ def _tracker_class() -> Any:
     class Tracker(TorchDispatchMode):
         """Follows every storage from its birth to its death. Storages get numbers; what a number is for may be learned later."""
 
-        def __init__(self, tracked: tuple[nn.Module | optim.Optimizer, ...]) -> None:
+        def __init__(self, tracked: tuple[nn.Module | optim.Optimizer, ...], beside: Sequence[str]) -> None:
             super().__init__()
+            self.purpose: str | None = None  # of the tensors that are made now
+            self.peak_beside = dict.fromkeys(beside, 0)
+            self._beside = dict.fromkeys(beside, 0)  # bytes alive of each kind that is kept out of the peak
+            self._beside_sizes: dict[int, int] = {}  # number -> bytes
             self._numbers = WeakIdKeyDictionary()  # storage -> (number, weak reference that tells its death)
             self._alive: dict[int, int] = {}  # number -> bytes
             self._kind: dict[int, str] = {}
@@ -149,6 +169,8 @@ def _tracker_class() -> Any:
             return result
 
         def _kind_of_new(self) -> str:
+            if self.purpose is not None:
+                return self.purpose
             backward = torch._C._current_graph_task_id() != -1
             return TEMPORARIES if backward or self._in_step else ACTIVATIONS
 
@@ -170,12 +192,21 @@ def _tracker_class() -> Any:
             number = self._born
             self._born += 1
             self._numbers[storage] = (number, weakref.ref(storage, lambda _: self._bury(number)))
-            self._alive[number], self._kind[number] = storage.nbytes(), kind
-            self._now += storage.nbytes()
+            self._kind[number] = kind
+            if kind in self._beside:
+                self._beside_sizes[number] = storage.nbytes()
+                self._beside[kind] += storage.nbytes()
+                self.peak_beside[kind] = max(self.peak_beside[kind], self._beside[kind])
+            else:
+                self._alive[number] = storage.nbytes()
+                self._now += storage.nbytes()
             return number
 
         def _bury(self, number: int) -> None:
-            self._now -= self._alive.pop(number)
+            if number in self._alive:
+                self._now -= self._alive.pop(number)
+            else:
+                self._beside[self._kind[number]] -= self._beside_sizes.pop(number)
 
         def _note_peak(self) -> None:
             if self._now > self._peak:

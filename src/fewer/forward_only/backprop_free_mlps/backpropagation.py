@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -163,9 +164,9 @@ def fit_backpropagation(
     config = config or BackpropagationConfig()
     check_validation(validation, config.patience)
     weight = next(model.parameters())
-    classes = _classes_of(model, x, weight)
+    features, classes = _shape_of(model, x, weight)
     train = Examples(x, y, num_classes=classes)
-    held_out = Examples.of_validation(validation, num_classes=classes)
+    held_out = Examples.of_validation(validation, num_classes=classes, in_features=features)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     history = History()
 
@@ -194,7 +195,7 @@ def fit_backpropagation(
         stopping=EarlyStopping([model], config.patience, config.min_delta),
         epochs=config.epochs,
         history=history,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
     optimizer.zero_grad()
     model.eval()
@@ -202,16 +203,19 @@ def fit_backpropagation(
 
 
 @torch.no_grad()
-def _classes_of(model: nn.Module, x: Tensor | DataLoader, weight: Tensor) -> int:
-    """How many class scores the model gives; ValueError where it cannot take x."""
+def _shape_of(model: nn.Module, x: Tensor | DataLoader, weight: Tensor) -> tuple[int, int]:
+    """How many entries an example of x has, flattened, and how many class scores the model gives; ValueError where it cannot take x."""
     first = next(iter(x))[0] if isinstance(x, DataLoader) else x
     check_features(first)
+    training = model.training
     try:
         scores = model.eval()(first[:1].to(weight.device, weight.dtype))
     except RuntimeError as error:
         raise ValueError(
             f"x is {tuple(first.shape)}, which the model cannot take ({error}); give x of the shape it was built for"
         ) from error
+    finally:
+        model.train(training)
     if scores.ndim != 2:
         raise ValueError(f"the model gives {tuple(scores.shape)} for one example; expected scores [1, classes]: flatten its output")
-    return scores.shape[1]
+    return math.prod(first.shape[1:]), scores.shape[1]

@@ -37,7 +37,7 @@ from fewer.forward_only.backprop_free_mlps.training import (
     mean_loss_and_accuracy,
     train_stage,
 )
-from fewer.meters import label_memory
+from fewer.meters import memory_for
 
 CHUNK = 128  # images that a block works on at a time: its convolution's output is the largest thing in memory
 
@@ -261,20 +261,15 @@ def _train_predictors(
     callbacks: list[Callback],
     generator: torch.Generator | None,
 ) -> None:
-    (h, y), held_out_h = train, held_out[0] if held_out else None
-    logits_so_far = torch.zeros((), dtype=h.dtype)  # of the validation images
+    kept = [each[0] for each in (train, held_out) if each]
+    logits_so_far = torch.zeros((), dtype=kept[0].dtype)  # of the validation images
     for number, (block, predictor) in enumerate(zip(model.blocks, model.predictors, strict=True), start=1):
-        h = _features(block, h)
-        kept = h.nbytes
-        validation: Data | None = None
-        if held_out and held_out_h is not None:
-            held_out_h = _features(block, held_out_h)
-            kept += held_out_h.nbytes
-            validation = held_out_h.flatten(1), held_out[1]
-        history.cache_bytes = max(history.cache_bytes, kept)
-        _train_predictor(
-            f"predictor {number}", predictor, (h.flatten(1), y), validation, logits_so_far, config, history, callbacks, generator
-        )
+        before = 0 if number == 1 else sum(h.nbytes for h in kept)  # given up only when the next block's features are there
+        kept = [_features(block, h) for h in kept]
+        history.cache_bytes = max(history.cache_bytes, before + sum(h.nbytes for h in kept))
+        features = kept[0].flatten(1), train[1]
+        validation = (kept[1].flatten(1), held_out[1]) if held_out else None
+        _train_predictor(f"predictor {number}", predictor, features, validation, logits_so_far, config, history, callbacks, generator)
         if validation:
             with torch.no_grad():
                 logits_so_far = logits_so_far + predictor(validation[0])
@@ -301,7 +296,12 @@ def _train_predictor(
         return float(loss), float(((scores + logits_so_far).argmax(1) == y).float().mean())
 
     if config.predictor_loss == "mse":
-        fit_ridge(predictor, *train, config.ridge)
+        try:
+            fit_ridge(predictor, *train, config.ridge)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise FloatingPointError(
+                f"the closed form of {stage} has no solution in epoch 1 ({str(error).splitlines()[0]}); try a larger ridge than {config.ridge}"
+            ) from error
         with torch.no_grad():
             error = _squared_error(predictor(train[0]), train[1])
         history.add(stage, 1, float(error), validate(), callbacks)
@@ -325,8 +325,8 @@ def _squared_error(scores: Float[Tensor, "batch classes"], y: Int[Tensor, "batch
 def _features(block: nn.Module, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows out high wide"]:
     """A frozen block's output for all images, computed a chunk at a time."""
     first = block(x[:CHUNK])
-    outputs = first.new_empty(len(x), *first.shape[1:])
-    label_memory("input cache", outputs)
+    with memory_for("kept inputs"):
+        outputs = first.new_empty(len(x), *first.shape[1:])
     outputs[:CHUNK] = first
     for start in range(CHUNK, len(x), CHUNK):
         outputs[start : start + CHUNK] = block(x[start : start + CHUNK])

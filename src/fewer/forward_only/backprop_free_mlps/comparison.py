@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer import meters
+from fewer.forward_only.backprop_free_mlps.mono_forward import INPUT_STAGE
 from fewer.forward_only.backprop_free_mlps.training import Epoch, History
 
 NETWORK = "network"  # the stage that stands for all of a network's layers, trained side by side
@@ -55,13 +56,26 @@ def compare(images: Images, trial: Any, make: Callable[[], nn.Module], fit: Fit,
     for number, line in enumerate(shown, start=1):
         trial.log("validation_accuracy", line.validation_accuracy, epoch=number)
         trial.log("elapsed", line.seconds, epoch=number)
-    epochs = sum(line.stage == NETWORK for line in history.epochs) or len(history.epochs)  # stages side by side share their passes
+    epochs, seconds = passes(history)
     trial.log("epochs", epochs)
-    trial.log("epoch_seconds", history.seconds / epochs)
+    trial.log("epoch_seconds", seconds / epochs)
     trial.log("cache_bytes", history.cache_bytes)
     for note in history.notes:
         trial.note("trainer", note)
     _watch(images, trial, make, fit, config, history)
+
+
+def passes(history: History) -> tuple[int, float]:
+    """Passes over the data and their seconds: through the whole network, or through one layer's kept inputs where layers train in turn.
+
+    Where layers train in turn, the diagnostic classifier of the raw input is left out; what is done once (features of frozen layers)
+    is spread over the passes.
+    """
+    whole = sum(line.stage == NETWORK for line in history.epochs)
+    if whole:
+        return whole, history.seconds
+    diagnostic = [line for line in history.epochs if line.stage == INPUT_STAGE]
+    return len(history.epochs) - len(diagnostic), history.seconds - (diagnostic[-1].seconds if diagnostic else 0.0)
 
 
 def _watch(images: Images, trial: Any, make: Callable[[], nn.Module], fit: Fit, config: Any, history: History) -> None:
@@ -73,12 +87,12 @@ def _watch(images: Images, trial: Any, make: Callable[[], nn.Module], fit: Fit, 
     ]
 
     model = make().to(trial.device)
-    with meters.tensor_memory(model) as peak:
+    with meters.tensor_memory(model, beside=["kept inputs", "kept states"]) as peak:
         fit(model, *short[0], validation=short[1], config=_short(config, epochs=1))
-    kinds = {kind: size for kind, size in peak.bytes.items() if kind != "input cache"}
-    trial.log("tensor_bytes", sum(kinds.values()))
-    for kind in ("parameters", "gradients", "optimizer state", "activations", "temporaries"):
-        trial.log(f"tensor_bytes.{kind}", kinds.get(kind, 0))
+    trial.log("tensor_bytes", peak.total)
+    for kind in ("parameters", "gradients", "optimizer state", "activations", "temporaries", "buffers"):
+        trial.log(f"tensor_bytes.{kind}", peak.bytes.get(kind, 0))
+    trial.log("kept_state_bytes", peak.beside["kept states"])
 
     counted: list[tuple[str, int]] = []
     with meters.count_flops() as flops:

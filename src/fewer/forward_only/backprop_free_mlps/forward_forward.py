@@ -46,7 +46,7 @@ from fewer.forward_only.backprop_free_mlps.training import (
     train_stages,
 )
 
-CANDIDATE_ROWS = 2048  # labelled rows that `forward` has in work at a time
+CANDIDATE_ROWS = 256  # labelled rows that `forward` has in work at a time: no more than training has
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,12 @@ class ForwardForwardMLP(nn.Module):
             candidates: the labels to try, all by default; the others score minus infinity.
 
         Raises:
-            ValueError: x is not `in_features` wide, or a candidate is no class.
+            ValueError: x is not `in_features` wide, or candidates is empty or holds what is no class.
         """
         check_width(x, self.in_features)
         tried = torch.arange(self.num_classes) if candidates is None else torch.as_tensor(candidates)
+        if len(tried) == 0:
+            raise ValueError(f"candidates is empty; expected at least one of 0..{self.num_classes - 1}: leave it out to try all")
         check_labels(tried, len(tried), self.num_classes)
         tried = tried.to(x.device, torch.long)
         parts = x.flatten(1).split(max(1, CANDIDATE_ROWS // len(tried)))
@@ -316,7 +318,7 @@ def fit_forward_forward(
         stopping=EarlyStopping([model], config.patience),
         epochs=config.epochs,
         history=history,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         score=lambda line: line.validation_accuracy,
     )
     return history.stop_clock()

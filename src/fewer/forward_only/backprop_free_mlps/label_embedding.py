@@ -79,7 +79,7 @@ class LabelledImages:
     def __init__(self, x: Float[Tensor, "batch features"], labels: Int[Tensor, "copies_batch"], num_classes: int) -> None:
         unlabelled = x[:, num_classes:]
         factor = normalising_factor(unlabelled.square().sum(1) + 1, x.shape[1])
-        self.copies = len(labels) // len(x)
+        self.copies = len(labels) // max(1, len(x))
         self.unlabelled = unlabelled * factor
         self.labels = F.one_hot(labels, num_classes).to(x.dtype).mul_(factor.repeat(self.copies, 1))
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fewer.forward_only.backprop_free_mlps.layer_training import Activation, layer_output
 from fewer.forward_only.backprop_free_mlps.training import Examples, batches_of
-from fewer.meters import label_memory
+from fewer.meters import memory_for
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ class LayerInputs:
             return
         assert self._inputs is not None
         if self._room is None:
-            self._room = self._inputs.new_empty(len(self._inputs), self._width)
-            label_memory("input cache", self._room)
+            with memory_for("kept inputs"):
+                self._room = self._inputs.new_empty(len(self._inputs), self._width)
         outputs = self._room[:, : layer.out_features]
         for start in range(0, len(outputs), self.batch_size):
             rows = slice(start, start + self.batch_size)  # the room holds these rows' input until their output takes its place

@@ -53,7 +53,7 @@ def save_model(classifier: LocalLearningClassifier, folder: str | Path, *, overw
         new.mkdir()
         weights = {name: value.detach().cpu().contiguous() for name, value in classifier.model_.state_dict().items()}
         save_file(weights, new / WEIGHTS)
-        (new / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf8")
+        (new / CONFIG).write_text(json.dumps(description, indent=2, default=_plain) + "\n", encoding="utf8")
         with FileLock(target.parent / f".{target.name}.lock"):
             check_writable(target, overwrite=overwrite)
             if target.exists():
@@ -99,6 +99,13 @@ def check_writable(folder: str | Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} is not empty; expected a new or an empty folder: choose another, or --overwrite (overwrite=True)")
     if not folder.is_dir() or held != {CONFIG, WEIGHTS}:
         raise FileExistsError(f"{folder} holds other things than a model, and they are not overwritten; choose another folder")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"{value!r} is no plain data")
 
 
 def _describe(classifier: LocalLearningClassifier) -> dict[str, Any]:

@@ -257,14 +257,13 @@ def _fit_sequentially(
     widths = [layer.out_features for layer in model.layers[:-1]]
     cache = cache_size(train, widths) + cache_size(held_out, widths)
     fits = cache <= config.cache_bytes
+    history.cache_bytes = cache if fits else 0
     if widths and train.loader is not None:
         history.notes.append("x is a DataLoader: the inputs of layers 2 and up were computed anew for every batch")
-    elif not fits:
+    if not fits:
         history.notes.append(
             f"keeping the layers' inputs takes {cache} bytes, above cache_bytes={config.cache_bytes}: they were computed anew for every batch"
         )
-    else:
-        history.cache_bytes = cache
 
     def inputs_of(examples: Examples) -> LayerInputs:
         return LayerInputs(

@@ -21,14 +21,17 @@ def fit_ridge(predictor: nn.Linear, a: Float[Tensor, "rows width"], y: Int[Tenso
         a: the features.
         y: labels 0..C-1.
         ridge: lambda relative to the mean of the diagonal of A^T A.
+
+    Raises:
+        LinAlgError: A^T A + lambda I is not positive definite, as where a feature is not finite.
     """
     width, classes = a.shape[1] + 1, predictor.out_features
     gram = torch.zeros(width, width, dtype=torch.float64, device=a.device)
     target = torch.zeros(width, classes, dtype=torch.float64, device=a.device)
     for part, labels in zip(a.split(CHUNK), y.split(CHUNK), strict=True):
         ones = F.pad(part.double(), (0, 1), value=1.0)
-        gram += ones.T @ ones
-        target += ones.T @ F.one_hot(labels, classes).double()
+        gram.addmm_(ones.T, ones)
+        target.addmm_(ones.T, F.one_hot(labels, classes).double())
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     solution = torch.cholesky_solve(target, torch.linalg.cholesky(gram))
     predictor.weight.copy_(solution[:-1].T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import time
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from fewer.meters import memory_for
 
 
 class Epoch(NamedTuple):
@@ -71,7 +74,7 @@ class History:
 
 
 class EarlyStopping:
-    """Keeps the best state seen and says when to stop.
+    """Keeps the best state seen and says when to stop: an epoch is better where it beats the best one by more than `min_delta`.
 
     Args:
         modules: the modules whose state is kept.
@@ -92,9 +95,10 @@ class EarlyStopping:
 
     def update(self, score: float, epoch: int) -> bool:
         """Take in the score of an epoch (from 1); true when training should stop."""
-        if not all(all_finite(value) for state in self._states() for value in state.values()):
+        spoilt = next((name for state in self._states() for name, value in state.items() if not all_finite(value)), None)
+        if spoilt:
             raise FloatingPointError(
-                f"the weights of {self.stage} are not finite after epoch {epoch}; the last finite state is kept: try a lower lr"
+                f"{spoilt} of {self.stage} is not finite after epoch {epoch}; the last finite state is kept: try a lower lr"
             )
         if not self._best or math.isnan(score) or score > self.best_score + self.min_delta:
             self.best_score, self.best_epoch = score, epoch
@@ -127,7 +131,8 @@ class EarlyStopping:
     def _copy(self, old: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """A copy of the present state, in the memory of the old one."""
         if not old:
-            return [{name: value.clone() for name, value in state.items()} for state in self._states()]
+            with memory_for("kept states"):
+                return [{name: value.clone() for name, value in state.items()} for state in self._states()]
         for kept, state in zip(old, self._states(), strict=True):
             for name, value in state.items():
                 kept[name].copy_(value)
@@ -165,8 +170,6 @@ def train_stages(
             for x, y in batches():
                 losses = step(x, y)
                 total, rows = total.to(losses.device) + losses * len(y), rows + len(y)
-            if rows == 0:
-                raise ValueError("x yields no batches; expected at least one: check the DataLoader")
             for stage, loss, validation in zip(stages, (total / rows).tolist(), evaluate(), strict=True):
                 history.add(stage, epoch, loss, validation, callbacks)
             if stopping.update(score(history.epochs[-1]), epoch):
@@ -224,14 +227,14 @@ class Examples:
             check_width(x, in_features, name)
             check_labels(y, len(x), num_classes)
             self.x, self.y = x, y
-        self.num_classes, self.in_features = num_classes, in_features
+        self.num_classes, self.in_features, self.name = num_classes, in_features, name
 
     @classmethod
     def of_validation(
         cls, validation: tuple[Tensor, Tensor] | DataLoader | None, *, num_classes: int, in_features: int | None = None
     ) -> Examples | None:
         """The validation data as examples, or None."""
-        if validation is None or (isinstance(validation, tuple) and len(validation[0]) == 0):
+        if validation is None or (not isinstance(validation, DataLoader) and len(validation[0]) == 0):
             return None
         x, y = (validation, None) if isinstance(validation, DataLoader) else validation
         return cls(x, y, num_classes=num_classes, in_features=in_features, name="x of validation")
@@ -241,11 +244,15 @@ class Examples:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, y) batches on `device`; shuffled with `generator` where asked (a DataLoader keeps its own order)."""
         if self.loader is not None:
+            rows = 0
             for x, y in self.loader:
+                rows += len(x)
                 check_features(x, "a batch of x")
                 check_width(x, self.in_features, "a batch of x")
                 check_labels(y, len(x), self.num_classes)
                 yield x.to(device), y.to(device, torch.long)
+            if not rows:
+                raise ValueError(f"{self.name} yields no batches; expected at least one: check the DataLoader")
             return
         assert self.x is not None
         assert self.y is not None
@@ -261,10 +268,17 @@ def batches_of(
     shuffle: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y) batches on `device`, in order or shuffled with `generator`; the last may be shorter."""
+    """(x, y) batches on `device`, in order or shuffled with `generator`.
+
+    The last may be shorter, but a single row joins the batch before: batch norm cannot train on one.
+    """
+    y = y.to(x.device)
     order = torch.randperm(len(x), generator=generator, device=generator.device if generator else None).to(x.device) if shuffle else None
-    for start in range(0, len(x), batch_size):
-        rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+    starts = list(range(0, len(x), batch_size))
+    if len(starts) > 1 and len(x) - starts[-1] == 1 < batch_size:
+        starts.pop()
+    for start, end in itertools.pairwise([*starts, len(x)]):
+        rows = slice(start, end) if order is None else order[start:end]
         yield x[rows].to(device), y[rows].to(device, torch.long)
 
 
@@ -302,9 +316,12 @@ def check_labels(y: object, rows: int, num_classes: int) -> None:
         raise ValueError(f"y holds labels {low}..{high}; expected 0..{num_classes - 1}: renumber the classes or raise num_classes")
 
 
-def check_validation(validation: object, patience: int | None) -> None:
+def check_validation(validation: tuple[Tensor, Tensor] | DataLoader | None, patience: int | None) -> None:
     """ValueError when early stopping is asked for without data to stop on."""
-    empty = validation is None or (isinstance(validation, tuple) and len(validation[0]) == 0)
+    if isinstance(validation, DataLoader):
+        empty = not isinstance(validation.dataset, IterableDataset) and len(validation) == 0
+    else:
+        empty = validation is None or len(validation[0]) == 0
     if empty and patience is not None:
         raise ValueError("validation is empty while early stopping is on; pass validation=(x, y) or set patience=None in the config")
 
@@ -323,10 +340,15 @@ def check_not_negative(**values: float) -> None:
             raise ValueError(f"{name} is {value}; expected a finite number of at least 0")
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_whole(least: int = 1, **values: int) -> None:
     """ValueError naming the first value that is not a whole number of at least `least`."""
     for name, value in values.items():
-        if not isinstance(value, numbers.Integral) or value < least:
+        if not is_whole(value) or value < least:
             raise ValueError(f"{name} is {value}; expected a whole number of at least {least}")
 
 
@@ -341,7 +363,7 @@ def check_sizes(
 ) -> None:
     """ValueError unless every layer size is a positive integer and there is at least one hidden layer and two classes."""
     sizes = list(hidden_sizes)
-    if not sizes or any(not isinstance(size, numbers.Integral) or size < 1 for size in sizes):
+    if not sizes or any(not is_whole(size) or size < 1 for size in sizes):
         raise ValueError(f"{names[1]} is {sizes}; expected at least one whole number above 0, such as (1000, 1000)")
     check_whole(**{names[0]: in_features})
     check_whole(least=2, num_classes=num_classes)
