@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from filelock import FileLock
 
 from fewer.data.declarations import DataSet, File, Source
@@ -18,9 +19,7 @@ from fewer.errors import DataUnavailable
 
 def cache_folder() -> Path:
     """Where fetched files are kept: the user's cache, or FEWER_CACHE."""
-    import pooch
-
-    return Path(os.environ.get("FEWER_CACHE") or pooch.os_cache("fewer"))
+    return Path(os.environ.get("FEWER_CACHE") or platformdirs.user_cache_path("fewer"))
 
 
 def checksum(path: Path) -> str:

@@ -123,7 +123,7 @@ def _context(spec: TrialSpec) -> BaseContext:
     if spec.device.startswith("cuda") or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([spec.module, "fewer.meters.ready"])
+    context.set_forkserver_preload([spec.module, "fewer.study.ready"])
     return context
 
 

@@ -16,6 +16,7 @@ from fewer.forward_only.backprop_free_mlps.training import Epoch, History
 
 NETWORK = "network"  # the stage that stands for all of a network's layers, trained side by side
 SHORT = 4  # batches of the short fits
+CHUNK = 128  # test images at a time
 
 Pair = tuple[Tensor, Tensor]
 
@@ -133,7 +134,7 @@ def accuracy(model: nn.Module, data: Pair) -> float:
     """The fraction of images whose highest score is their label's."""
     model.eval()
     with torch.no_grad():
-        right = sum((model(x).argmax(1) == y).sum() for x, y in zip(data[0].split(1000), data[1].split(1000), strict=True))
+        right = sum((model(x).argmax(1) == y).sum() for x, y in zip(data[0].split(CHUNK), data[1].split(CHUNK), strict=True))
     return float(right) / len(data[1])
 
 

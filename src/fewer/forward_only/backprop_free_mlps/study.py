@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from fewer import data
+from fewer.data import load_cifar10, load_fashion_mnist, load_mnist
 from fewer.forward_only.backprop_free_mlps import release
 from fewer.forward_only.backprop_free_mlps.backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
 from fewer.forward_only.backprop_free_mlps.cascaded_forward import CascadedForwardCNN, CascadedForwardConfig, fit_cascaded_forward
@@ -62,19 +63,19 @@ study.option("data", "fashion-mnist", choices=list(release.NORMALISATION), help=
 
 @study.task
 def task(scale: Scale, data: str) -> Images:
-    train, test = _load(data, "train"), _load(data, "test")
-    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
+    load = {"mnist": load_mnist, "fashion-mnist": load_fashion_mnist, "cifar-10": load_cifar10}[data]
+    train, test = load("train"), load("test")
+    order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(0)).numpy()
     kept, held_out = (TRAIN, VALIDATION) if scale is Scale.QUICK else (len(order) - len(order) // 10, len(order) // 10)
-    rows = order[:kept], order[kept : kept + held_out]
-    kept_rows, held_out_rows = ((train[0][each], train[1][each]) for each in rows)
-    return Images(kept_rows, held_out_rows, test, classes=10)
 
+    def normalised(x: np.ndarray, y: np.ndarray) -> Pair:
+        mean, deviation = release.NORMALISATION[data]
+        pixels = torch.as_tensor(x).float().div_(255).sub_(mean).div_(deviation)
+        return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels, torch.as_tensor(y)
 
-def _load(name: str, split: Literal["train", "test"]) -> Pair:
-    images = {"mnist": data.load_mnist, "fashion-mnist": data.load_fashion_mnist, "cifar-10": data.load_cifar10}[name](split)
-    mean, deviation = release.NORMALISATION[name]
-    x = torch.as_tensor(images.x).unsqueeze(1) if images.x.ndim == 3 else torch.as_tensor(images.x)
-    return (x.float() / 255 - mean) / deviation, torch.as_tensor(images.y)
+    parts = [order[:kept], order[kept : kept + held_out]]
+    kept_rows, held_out_rows = (normalised(train.x[rows], train.y[rows]) for rows in parts)
+    return Images(kept_rows, held_out_rows, normalised(test.x, test.y), classes=10)
 
 
 # The arms
