@@ -238,4 +238,3 @@ def make_torch_repeatable() -> None:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] - torch's stubs lack it
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are of no use and take a hundred times as long
