@@ -23,7 +23,7 @@ from fewer.forward_only.backprop_free_mlps.forward_forward import ForwardForward
 from fewer.forward_only.backprop_free_mlps.mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
 from fewer.study import Bars, Curve, Difference, Figure, LogUniform, Results, Scale, Study, Tradeoff, Trial
 
-TRAIN, VALIDATION = 10_000, 2_500  # images at quick scale; at full scale all of them, a tenth for validation
+TRAIN, VALIDATION = 8_000, 2_000  # images at quick scale; at full scale all of them, a tenth for validation
 
 study = Study(
     "backprop-free-mlps",
