@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,8 +145,9 @@ def _run_missing(plan: Plan, missing: Sequence[TrialSpec], store: Store, engine:
     failed: dict[str, str] = {}
     running_environment = environment()
     try:
-        with contextlib.closing(engine.run(missing, time_limit=plan.study.time_limit)) as events:
+        with _ctrl_c() as raise_if_pressed, contextlib.closing(engine.run(missing, time_limit=plan.study.time_limit)) as events:
             for spec, event in events:
+                raise_if_pressed()
                 if spec.key not in numbers:
                     numbers[spec.key], notes[spec.key] = store.begin(spec, running_environment), {"settings": plan.origins[spec.arm]}
                     observer.started(spec)
@@ -166,6 +169,29 @@ def _run_missing(plan: Plan, missing: Sequence[TrialSpec], store: Store, engine:
         for number in numbers.values():
             store.forget(number)
     return failed
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[Callable[[], None]]:
+    """Ctrl-C as usual, and a function that raises it again where it was lost: Python drops what is raised within a finaliser."""
+    pressed: list[int] = []
+
+    def raise_if_pressed() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    def remember(signal_number: int, frame: Any) -> None:
+        pressed.append(signal_number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield raise_if_pressed
+        return
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield raise_if_pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def gather(plan: Plan, store: Store, failed: Mapping[str, str] | None = None) -> Outcome:
