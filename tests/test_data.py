@@ -258,3 +258,20 @@ def test_every_set_says_its_licence_and_whom_to_cite():
 def test_the_room_is_light():
     code = "import sys, fewer.data; fewer.data.load_mnist; assert not {'numpy', 'pooch', 'PIL', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    ("load", "shape", "edges", "unlabelled"), [(data.load_cora, (2708, 1433), 10556, 0), (data.load_citeseer, (3327, 3703), 9104, 15)]
+)
+def test_the_citation_graphs_are_planetoids(monkeypatch, load, shape, edges, unlabelled):
+    assert SHARED.is_dir(), f"{SHARED} is not there: put the files of `fewer data list` there, or this test cannot look at them"
+    monkeypatch.setenv("FEWER_DATA", str(SHARED))
+    graph = load()
+    assert graph.x.shape == shape
+    assert graph.edge_index.shape == (2, edges)
+    assert (graph.y < 0).sum() == unlabelled
+    pairs = set(map(tuple, graph.edge_index.T.tolist()))
+    assert len(pairs) == edges
+    assert all((b, a) in pairs and a != b for a, b in pairs)
+    assert np.bincount(graph.y[graph.train]).tolist() == [20] * graph.classes
+    assert (len(graph.val), len(graph.test)) == (500, 1000)

@@ -1,4 +1,23 @@
-from . import data, errors, forward_only, meters, papers, report, study, tasks
+from . import (
+    control,
+    data,
+    diffusion,
+    errors,
+    federated,
+    forward_only,
+    graphs,
+    language,
+    meters,
+    optimization,
+    papers,
+    report,
+    signals,
+    study,
+    tasks,
+)
 
 __version__: str
-__all__ = ["data", "errors", "forward_only", "meters", "papers", "report", "study", "tasks"]
+__all__ = [
+    "control", "data", "diffusion", "errors", "federated", "forward_only", "graphs", "language", "meters", "optimization", "papers", "report",
+    "signals", "study", "tasks",
+]  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
+from fewer.data import graph_sets, image_sets
 from fewer.data.declarations import DataSet, File
 from fewer.data.fetching import locate, obtain
-from fewer.data.image_sets import SETS
 from fewer.errors import UserError
 from fewer.papers import did_you_mean
+
+SETS = (*image_sets.SETS, *graph_sets.SETS)
 
 
 class Found(msgspec.Struct, frozen=True):
