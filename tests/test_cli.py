@@ -215,7 +215,10 @@ def test_every_verb_has_help_with_an_example(fewer):
         "train-local",
     } <= set(verbs)
     for verb in set(verbs):
-        assert "xample: fewer" in fewer(verb, "--help").stdout, verb
+        said = fewer(verb, "--help").stdout
+        actions = re.findall(r"^[│ ]+([a-z][a-z-]+) ", said.partition("Commands")[2], re.M)  # of a verb that has several
+        for words in [[verb, action] for action in actions] or [[verb]]:
+            assert "xample: fewer" in fewer(*words, "--help").stdout, words
 
 
 def test_shell_completion_knows_the_slugs(fewer):
@@ -275,6 +278,18 @@ def test_record_writes_the_file_on_a_clean_commit_and_refuses_a_dirty_tree(fewer
     record = json.loads((project / "src" / "lazy_sort" / "record.json").read_text())
     assert record["seeds"] == 3
     assert record["races"][0]["kind"] == "time"
-    assert not record["commit"].endswith("+")
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert record["commit"] == head, "the commit of the method, not of the house"
     assert "1 hold" in fewer("list", **environment).stdout
     assert "the tree differs" in fewer("record", "lazy-sort", status=2, **environment).stderr
+
+
+def test_a_methods_verb_may_have_several_actions(fewer, tmp_path):
+    (tmp_path / "numbers.txt").write_text("3\n1\n2\n")
+    assert fewer("bounds", "low", "numbers.txt").stdout == "1.0\n"
+    assert fewer("bounds", "high", "numbers.txt").stdout == "3.0\n"
+    assert "Example: fewer bounds high" in fewer("bounds", "high", "--help").stdout
+    refused = fewer("bounds", "low", "absent.txt", status=2).stderr
+    assert refused.startswith("error:")
+    assert "absent.txt" in refused
+    assert "Traceback" not in refused

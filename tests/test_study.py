@@ -239,6 +239,16 @@ def test_areas_and_thresholds_are_those_of_known_curves():
         results.mean("error", "a", n=3)
 
 
+def test_a_curve_at_further_coordinates_is_one_of_several():
+    rows = [Row("a", 0, "error", {"n": n, "data": data}, n * slope) for n in (0.0, 4.0) for data, slope in (("x", 1.0), ("y", 3.0))]
+    results = Results([*rows, Row("a", 0, "error", {}, 99.0)], ["a"])
+    assert results.area("error", "a", over="n", data="x").value == pytest.approx(2.0)
+    assert results.area("error", "a", over="n", data="y").value == pytest.approx(6.0)
+    assert results.threshold("error", "a", over="n", reach=10, data="y").value == 4.0
+    with pytest.raises(NotTestable, match="logs no error over n at data=z"):
+        results.area("error", "a", over="n", data="z")
+
+
 @pytest.mark.parametrize(
     ("claim", "message"),
     [

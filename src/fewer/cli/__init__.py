@@ -39,20 +39,23 @@ class MethodVerb(typer.core.TyperCommand):
         return self._load().make_context(*args, **kwargs)
 
     def _load(self) -> click.Command:
-        function = import_method_part(self._card, "command").COMMANDS[self._name]
-        lone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        lone.command(self._name)(told_plainly(function))
-        return typer.main.get_command(lone)
+        """The verb as its method defines it: a function, or a typer app of several (`fewer VERB ACTION`)."""
+        verb = import_method_part(self._card, "command").COMMANDS[self._name]
+        app = verb
+        if not isinstance(verb, typer.Typer):
+            app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            app.command(self._name)(verb)
+        command = typer.main.get_command(app)
+        command.invoke = told_plainly(command.invoke)
+        return command
 
 
-def told_plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+def told_plainly(invoke: Callable[..., Any]) -> Callable[..., Any]:
     """A method's verb whose complaints about what the user gave are told in one line."""
-    import functools
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            return invoke(*args, **kwargs)
         except (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as mistake:
             raise UserError(str(mistake)) from mistake
 

@@ -197,10 +197,10 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
 
     from fewer import study as room
     from fewer.report import progress, terminal
-    from fewer.study.recording import make_record, refuse_dirty_tree, write_record
+    from fewer.study.recording import clean_commit, make_record, write_record
 
     card, study = study_of(slug)
-    refuse_dirty_tree(Path(card.folder))
+    commit = clean_commit(Path(card.folder))
     with tempfile.TemporaryDirectory(prefix="fewer-record-") as folder, room.Store(Path(folder) / "store.sqlite", write=True) as opened:
         plan = room.plan(study, study_module(slug), seeds=3, device="cpu", store=opened)
         with progress.RunProgress(quiet=quiet) as observer:
@@ -208,7 +208,7 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
         if outcome.failed:
             raise RuntimeError(f"a record needs every trial, and some failed: {outcome.failed}")
         races = _bench(slug, lambda race: None) if (Path(card.folder) / "bench.py").exists() else []
-    made = make_record(outcome, races)
+    made = msgspec.structs.replace(make_record(outcome, races), commit=commit)
     file = write_record(made, Path(card.folder))
     console().print(terminal.run_view(made))
     console().print(f"Wrote {file}; commit it.")

@@ -113,12 +113,12 @@ def _curve_points(record: Record, declaration: Curve) -> list[dict[str, Any]]:
     for name, arm in record.arms.items():
         if not results.has(declaration.figure, name):
             continue
-        curve = results.curve(declaration.figure, name)
-        seeds = max(len(by_seed) for by_seed in curve.values())
+        curve = results.points(declaration.figure, name, declaration.over, declaration.at)
+        seeds = max((len(by_seed) for by_seed in curve.values()), default=0)
         axis = results.curve(declaration.x, name) if declaration.x and results.has(declaration.x, name) else None
         for key, by_seed in curve.items():
             values = np.array(list(by_seed.values()))
-            if declaration.over not in dict(key) or len(values) < seeds or np.isnan(values).any():
+            if len(values) < seeds or np.isnan(values).any():
                 continue
             at = float(dict(key)[declaration.over])
             x = float(np.mean(list(axis[key].values()))) if axis is not None and key in axis else at
@@ -136,7 +136,8 @@ def _curve(record: Record, declaration: Curve) -> Any:
     y_scale = alt.Scale(type="log" if declaration.log else "linear", zero=False, nice=True)
     x_title = _axis_title(record, declaration.x or declaration.over)
     base = alt.Chart(alt.Data(values=_in_unit(points, figure, "mean", "low", "high"))).encode(
-        x=alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False)), color=_colours(record, {point["arm"] for point in points})
+        x=alt.X("x:Q", title=x_title, scale=alt.Scale(type="log" if declaration.log_x else "linear", zero=False)),
+        color=_colours(record, {point["arm"] for point in points}),
     )
     band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=y_scale, title=_axis_title(record, declaration.figure)), y2="high:Q")
     line = base.mark_line(strokeWidth=2).encode(
@@ -234,7 +235,7 @@ def _difference(record: Record, declaration: Difference) -> Any:
     words = [row | {"text": show_change(row["value"], figure.unit)} for row in rows]
     base = alt.Chart(alt.Data(values=_in_unit(words, figure, "value", "low", "high"))).encode(y=_arm_axis([row["arm"] for row in rows]))
     points_unit = "percentage points" if figure.unit == "%" else figure.unit
-    x_title = f"{figure.label}, difference" + (f" ({points_unit})" if points_unit else "")
+    x_title = "difference" + (f" ({points_unit})" if points_unit else "")  # the chart's title says of what
     colours = _colours(record, {row["arm"] for row in rows}, legend=False)
     spread = base.mark_rule(strokeWidth=4, opacity=0.45).encode(x=alt.X("low:Q", title=x_title), x2="high:Q", color=colours)
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(x="value:Q", color=colours)
@@ -341,7 +342,9 @@ def _colours(record: Record, present: set[str], *, legend: bool = True) -> Any:
     labels = [arm.label for arm in record.arms.values()]
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(labels))]
     shown = (
-        alt.Legend(title=None, orient="bottom", columns=2, values=[label for label in labels if label in present], labelLimit=260)
+        alt.Legend(
+            title=None, orient="bottom", columns=2, columnPadding=24, values=[label for label in labels if label in present], labelLimit=260
+        )
         if legend
         else None
     )

@@ -185,9 +185,10 @@ def curves_table(record: Record, chart: Curve) -> Table:
     for name, arm in record.arms.items():
         if not results.has(chart.figure, name):
             continue
-        points = sorted(
-            (dict(key)[chart.over], float(np.mean(list(by_seed.values())))) for key, by_seed in results.curve(chart.figure, name).items()
-        )
+        curve = results.points(chart.figure, name, chart.over, chart.at)
+        points = [(dict(key)[chart.over], float(np.mean(list(by_seed.values())))) for key, by_seed in curve.items()]
+        if not points:
+            continue
         unit = next((figure.unit for figure in record.shown if figure.name == chart.figure), "")
         values = [value for _, value in points]
         ends = f"{points[0][0]:g}, {points[-1][0]:g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,13 +26,23 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Curve(msgspec.Struct, frozen=True, tag="curve"):
-    """A figure over a coordinate, a curve per arm with its spread over seeds; `x` puts another figure logged at the same coordinates on the axis."""
+    """A figure over a coordinate, a curve per arm with its spread over seeds.
+
+    Args:
+        figure: its name.
+        over: the coordinate.
+        x: another figure, logged at the same coordinates, that is put on the axis.
+        log, log_x: logarithmic axes.
+        at: further coordinates that a point must have, where a figure is logged at several.
+    """
 
     figure: str
     over: str
     x: str = ""
     log: bool = False
     title: str = ""
+    log_x: bool = False
+    at: dict[str, Any] = {}
 
 
 class Bars(msgspec.Struct, frozen=True, tag="bars"):

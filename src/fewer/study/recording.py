@@ -64,8 +64,8 @@ class Record(msgspec.Struct, frozen=True):
         return Results(rows, list(self.arms))
 
 
-def refuse_dirty_tree(folder: Path) -> None:
-    """UserError unless the method's folder stands in a checkout without changes."""
+def clean_commit(folder: Path) -> str:
+    """The commit of the checkout in which a method's folder stands; UserError where none tracks it, or its tree differs from it."""
     here = commit(folder)
     if not here:
         raise UserError(
@@ -73,6 +73,7 @@ def refuse_dirty_tree(folder: Path) -> None:
         )
     if here.endswith("+"):
         raise UserError("fewer record writes figures of a commit, and the tree differs from it; commit or stash the changes first")
+    return here
 
 
 def make_record(outcome: Outcome, races: Sequence[RaceOutcome] = ()) -> Record:

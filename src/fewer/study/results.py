@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -181,31 +181,43 @@ class Results:
         """The mean of `arm` minus the mean of `other`, paired by seed."""
         return bootstrap(lambda a, b: a - b, *self._paired(figure, arm, other, coordinates), what=f"{figure}, {arm} - {other}")
 
-    def _over(self, figure: str, arm: str, over: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def points(self, figure: str, arm: str, over: str, at: Mapping[str, Any]) -> dict[Coordinates, dict[int, float]]:
+        """Those coordinates of a curve that have `over` and agree with `at`, sorted by `over`, with the value of each seed."""
+        chosen = {
+            key: by_seed
+            for key, by_seed in self.curve(figure, arm).items()
+            if over in dict(key) and all(dict(key).get(name) == value for name, value in at.items())
+        }
+        return dict(sorted(chosen.items(), key=lambda point: dict(point[0])[over]))
+
+    def _over(self, figure: str, arm: str, over: str, at: Mapping[str, Any]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """seed -> (coordinate, value), sorted by the coordinate."""
         points: dict[int, list[tuple[float, float]]] = defaultdict(list)
-        for key, by_seed in self.curve(figure, arm).items():
-            if over in dict(key):
-                for seed, value in by_seed.items():
-                    points[seed].append((float(dict(key)[over]), value))
+        for key, by_seed in self.points(figure, arm, over, at).items():
+            for seed, value in by_seed.items():
+                points[seed].append((float(dict(key)[over]), value))
         if not points:
-            raise NotTestable(f"{arm} logs no {figure} over {over}")
+            where = "".join(f" at {name}={value}" for name, value in at.items())
+            raise NotTestable(f"{arm} logs no {figure} over {over}{where}")
         arrays = {seed: np.array(sorted(pairs)).T for seed, pairs in sorted(points.items())}
         for seed, (_, values) in arrays.items():
             if np.isnan(values).any():
                 raise NotTestable(f"{figure} of {arm} is NaN for seed {seed}")
         return {seed: (x, y) for seed, (x, y) in arrays.items()}
 
-    def area(self, figure: str, arm: str, *, over: str) -> Estimate:
+    def area(self, figure: str, arm: str, *, over: str, **at: Any) -> Estimate:
         """The mean height of the figure's curve over a coordinate (trapezoids, divided by the coordinate's range)."""
-        heights = [np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else y[0] for x, y in self._over(figure, arm, over).values()]
+        heights = [np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else y[0] for x, y in self._over(figure, arm, over, at).values()]
         return bootstrap(lambda a: a, np.array(heights), what=f"mean {figure} of {arm} over {over}")
 
-    def threshold(self, figure: str, arm: str, *, over: str, reach: float, better: Literal["higher", "lower"] = "higher") -> Estimate:
+    def threshold(
+        self, figure: str, arm: str, *, over: str, reach: float, better: Literal["higher", "lower"] = "higher", **at: Any
+    ) -> Estimate:
         """The first coordinate at which the figure reaches a value, or infinity."""
         met = OPERATORS[">=" if better == "higher" else "<="]
         first = [
-            next((x for x, y in zip(*curve, strict=True) if met(y, reach)), math.inf) for curve in self._over(figure, arm, over).values()
+            next((x for x, y in zip(*curve, strict=True) if met(y, reach)), math.inf)
+            for curve in self._over(figure, arm, over, at).values()
         ]
         return bootstrap(lambda a: a, np.array(first, dtype=float), what=f"{over} at which {figure} of {arm} reaches {reach:g}")
 
