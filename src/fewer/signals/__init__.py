@@ -1,4 +1,10 @@
-"""Transforms of signals and of functions: fewer samples, fewer queries."""
+"""Transforms of signals and of functions: fewer samples, fewer queries.
+
+>>> import numpy as np
+>>> from fewer import signals
+>>> signals.fwht(np.array([1.0, -1.0, 1.0, -1.0]))
+array([0., 1., 0., 0.])
+"""
 
 import lazy_loader
 

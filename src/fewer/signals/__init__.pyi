@@ -1,1 +1,4 @@
-__all__: list[str] = []
+from . import spright
+from .spright import ArrayFunction, SparseSpectrum, SparseWalshRegressor, fwht, sparse_wht
+
+__all__ = ["ArrayFunction", "SparseSpectrum", "SparseWalshRegressor", "fwht", "spright", "sparse_wht"]
