@@ -16,7 +16,8 @@ from fewer.errors import UserError
 from fewer.tasks import fetch_small_lm, lm_training, micro_lm, small_lm, standard_library, text_corpus, token_loss
 from fewer.tasks.language_corpus import END, VOCABULARY, is_validation, token_stream, train_tokenizer
 from fewer.tasks.lm_training import Recipe, train, windows
-from fewer.tasks.small_lm import PRESETS, is_whole, lm_folder
+from fewer.tasks.made_once import is_whole
+from fewer.tasks.small_lm import PRESETS, lm_folder
 
 SHORT = Recipe(steps=6, batch=2, window=16, lr=1e-2, warm_up=2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,12 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
-from fewer.data.fetching import cache_folder, checksum
+from fewer.data.fetching import cache_folder
 from fewer.errors import UserError
 from fewer.tasks.language_corpus import END, VOCABULARY, Corpus, standard_library, text_corpus, token_stream, train_tokenizer
 from fewer.tasks.lm_training import Recipe, token_loss, train
+from fewer.tasks.made_once import folder_of, made_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,14 +115,7 @@ def lm_folder(preset: Preset, corpus: Corpus, recipe: Recipe | None) -> Path:
         "corpus": corpus.digest,
         "tokenizer": {"kind": "byte-level BPE", "vocabulary": VOCABULARY, "special": [END]},
     }
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "lm" / f"{preset.name}-{key}"
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a model whose weights are those that were written last (`DONE` has their SHA-256)."""
-    done, weights = folder / "DONE", folder / "model.safetensors"
-    return done.is_file() and weights.is_file() and done.read_text().strip() == checksum(weights)
+    return folder_of("lm", preset.name, what)
 
 
 def fetch_small_lm(
@@ -146,13 +137,7 @@ def fetch_small_lm(
     chosen, corpus = preset_of(preset), corpus_of(text)
     recipe = chosen.recipe.of_length(steps) if chosen.recipe else None
     folder = lm_folder(chosen, corpus, recipe)
-    if is_whole(folder):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not is_whole(folder):
-            _build(chosen, corpus, recipe, folder, tell or (lambda step, steps, words: None))
-    return folder
+    return made_once(folder, lambda part: _make(chosen, corpus, recipe, part, tell or (lambda step, steps, words: None)))
 
 
 def small_lm(preset: str = "family-s", *, steps: int | None = None, text: Sequence[Path | str] = (), tell: Tell | None = None) -> SmallLM:
@@ -180,27 +165,22 @@ def micro_lm(seed: int = 0) -> Any:
     return PRESETS["family-micro"].model(seed).eval()
 
 
-def _build(preset: Preset, corpus: Corpus, recipe: Recipe | None, folder: Path, tell: Tell) -> None:
-    """Make the model in a folder of another name, which is renamed when all is written."""
+def _make(preset: Preset, corpus: Corpus, recipe: Recipe | None, folder: Path, tell: Tell) -> None:
+    """Tokenizer, tokens, model, and how it came about."""
     import torch
 
-    part = folder.with_suffix(".part")
-    part.mkdir(exist_ok=True)
     tell(0, 1, "the tokenizer learns")
     tokenizer = train_tokenizer(corpus)
-    tokenizer.save_pretrained(part)
-    streams = _streams(part, tokenizer, corpus)
+    tokenizer.save_pretrained(folder)
+    streams = _streams(folder, tokenizer, corpus)
     model = preset.model()
     about: dict[str, Any] = {"corpus": corpus.origin, "tokens": [len(stream) for stream in streams], "torch": torch.__version__}
     if recipe:
-        about |= train(model, streams[0], recipe, part / "checkpoint", tell)
+        about |= train(model, streams[0], recipe, folder / "checkpoint", tell)
     about["validation_loss"] = token_loss(model, streams[1][:HELD_OUT])
-    model.save_pretrained(part)
-    (part / "train.json").write_text(json.dumps(about, indent=1))
-    shutil.rmtree(part / "checkpoint", ignore_errors=True)
-    (part / "DONE").write_text(checksum(part / "model.safetensors"))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    model.save_pretrained(folder)
+    (folder / "train.json").write_text(json.dumps(about, indent=1))
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
 def _streams(folder: Path, tokenizer: Any, corpus: Corpus) -> tuple[Tensor, Tensor]:
