@@ -1,0 +1,234 @@
+"""Forward-Forward baselines: layers trained one after the other to give right labels a high goodness and wrong ones a low one.
+
+"ff_labels": the label stands beside the features (training nodes: right or wrong, others: uniform), norm over both.
+"ff_virtual": a training node is joined to the virtual node of its class, or of a wrong one.
+Training: BCE of (sum of squares - theta) at the training nodes. Prediction: for every class, give it to all nodes that do not train;
+the class's score is (mean of squares - theta), summed over the layers: C passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fewer.graphs.forward_gnn.class_nodes import class_edges, label_features
+from fewer.graphs.forward_gnn.convolution import EPSILON, Graph, GraphLayer, Matrix, compact, normalize_rows
+from fewer.graphs.forward_gnn.losses import accuracy, forward_forward_loss, mean_goodness, sum_goodness
+from fewer.graphs.forward_gnn.node_problem import NodeProblem
+from fewer.graphs.forward_gnn.training import History, Schedule, train
+
+if TYPE_CHECKING:
+    from fewer.graphs.forward_gnn.model import ForwardGNN
+
+
+def input_widths(model: ForwardGNN) -> list[tuple[int, ...]]:
+    """Layer 1 reads the features, and the label beside them in "ff_labels"."""
+    label = (model.num_classes,) if model.mode == "ff_labels" else ()
+    return [(model.in_channels, *label), *((width,) for width in model.widths[:-1])]
+
+
+@dataclass(frozen=True, eq=False)
+class Labelling:
+    """The graph with one choice of labels: who is joined to which class, or what stands beside the features.
+
+    Attributes:
+        label: the label's part of layer 1's input, normalised with the features [N, C]; None where labels are edges.
+        scale: what normalises the features' part [N, 1].
+    """
+
+    graph: Graph
+    label: Tensor | None = None
+    scale: Tensor | None = None
+
+    def first(self, layer: GraphLayer, features: Tensor) -> Tensor:
+        """Layer 1's output; `features` is what the features alone add before propagation."""
+        if self.label is None or self.scale is None:
+            return layer.combine([features], self.graph)
+        return layer.combine([self.scale * features, layer.project(1, self.label)], self.graph)
+
+
+class ForwardForward:
+    """A model on a graph: makes labellings and runs layers on them."""
+
+    def __init__(self, model: ForwardGNN, problem: NodeProblem) -> None:
+        self.model, self.problem = model, problem
+        self.by_label = model.mode == "ff_labels"
+        x = problem.x[: problem.real]
+        if self.by_label:  # norm(cat(x, label)) differs from one labelling to the next by a factor for each row
+            self.features: Matrix = compact(x, model.layers[0])
+            self.squares = x.square().sum(dim=1, keepdim=True)
+        else:
+            self.features = compact(normalize_rows(torch.cat([x, model.class_features])), model.layers[0])
+
+    def labelling(self, nodes: Int[Tensor, "labelled"], labels: Int[Tensor, "labelled"]) -> Labelling:
+        """These nodes with these labels, the others without."""
+        model, problem = self.model, self.problem
+        if self.by_label:
+            beside = label_features(problem.real, nodes, labels, model.num_classes, model.config.unlabelled, like=problem.x)
+            scale = 1 / ((self.squares + beside.square().sum(dim=1, keepdim=True)).sqrt() + EPSILON)
+            return Labelling(problem.plain, scale * beside, scale)
+        ends, _ = class_edges(nodes, labels, model.num_classes, problem.real, model.aug_edge_direction)
+        edges = torch.cat([problem.plain.edge_index, ends], dim=1)
+        return Labelling(Graph(edges, problem.real + model.num_classes, problem.x.dtype))
+
+    def true(self) -> Labelling:
+        """The training nodes with their labels."""
+        return self.labelling(self.problem.train, self.problem.y)
+
+    def wrong(self, generator: torch.Generator | None) -> Labelling:
+        """The training nodes with labels drawn from the wrong ones."""
+        y, classes = self.problem.y, self.model.num_classes
+        shift = torch.randint(1, classes, y.shape, generator=generator, device=generator.device if generator else "cpu").to(y.device)
+        return self.labelling(self.problem.train, (y + shift) % classes)
+
+    def candidate(self, label: int) -> Labelling:
+        """The training nodes with their labels, all others with this one."""
+        problem = self.problem
+        others = torch.ones(problem.real, dtype=torch.bool, device=problem.x.device)
+        others[problem.train] = False
+        rest = others.nonzero()[:, 0]
+        return self.labelling(torch.cat([problem.train, rest]), torch.cat([problem.y, torch.full_like(rest, label)]))
+
+    def first_features(self) -> Tensor:
+        """What the features add to layer 1 before propagation: the same in every labelling."""
+        return self.model.layers[0].project(0, self.features)
+
+    def layer_output(self, i: int, labelling: Labelling, below: Tensor | None, features: Tensor | None) -> Tensor:
+        """Layer i's output (from 0); layer 0 reads `features`, the others the output below."""
+        layer = self.model.layers[i]
+        if i == 0:
+            assert features is not None
+            return labelling.first(layer, features)
+        assert below is not None
+        return layer([normalize_rows(below)], labelling.graph)
+
+    @torch.no_grad()
+    def below(self, i: int, labelling: Labelling, features: Tensor | None) -> Tensor | None:
+        """The output of layer i - 1."""
+        h = None
+        for j in range(i):
+            h = self.layer_output(j, labelling, h, features)
+        return h
+
+    def goodness(self, h: Tensor) -> Tensor:
+        """The score that a layer's output gives the labels, at the real nodes."""
+        return mean_goodness(h[: self.problem.real], self.model.config.theta)
+
+    def loss(self, i: int, labellings: Sequence[Labelling], frozen: Tensor | None) -> Tensor:
+        """Layer i's loss; the first labelling is the true one, `frozen` what the features add to a trained layer 1."""
+        features = self.first_features() if i == 0 else frozen
+        goodness = []
+        for labelling in labellings:
+            h = self.layer_output(i, labelling, self.below(i, labelling, frozen), features)
+            goodness.append(sum_goodness(h[self.problem.train]))
+        return forward_forward_loss(goodness[0], torch.cat(goodness[1:]), self.model.config.theta)
+
+
+def fit(
+    model: ForwardGNN, problem: NodeProblem, schedule: Schedule, history: History, *, cache: bool | None, generator: torch.Generator | None
+) -> None:
+    """Train layer 1 until its validation accuracy stops rising, freeze it, go on with layer 2, ...; wrong labels are drawn at every step."""
+    run = ForwardForward(model, problem)
+    watched = Watched(run) if problem.validation is not None else None
+    frozen: Tensor | None = None
+    for i in range(len(model.layers)):
+        _fit_layer(run, i, watched, frozen, schedule, history, generator)
+        if i == 0:
+            with torch.no_grad():
+                frozen = run.first_features()
+
+
+class Watched:
+    """The validation nodes with every class in turn, as far as the trained layers reach."""
+
+    def __init__(self, run: ForwardForward) -> None:
+        self.run = run
+        self.candidates = [run.candidate(label) for label in range(run.model.num_classes)]
+        self.inputs: list[Tensor | None] = [None] * len(self.candidates)
+        self.so_far = run.problem.x.new_zeros(len(self.candidates), run.problem.real)
+
+    @torch.no_grad()
+    def outputs(self, i: int) -> list[Tensor]:
+        """Layer i's output for every class."""
+        features = self.run.first_features() if i == 0 else None
+        return [self.run.layer_output(i, each, below, features) for each, below in zip(self.candidates, self.inputs, strict=True)]
+
+    def scores(self, outputs: list[Tensor]) -> Tensor:
+        """The classes' scores summed up to these outputs [C, N]."""
+        return self.so_far + torch.stack([self.run.goodness(h) for h in outputs])
+
+    def validate(self, i: int) -> float:
+        problem = self.run.problem
+        assert problem.validation_y is not None
+        return accuracy(self.scores(self.outputs(i)).T[problem.validation], problem.validation_y)
+
+    def freeze(self, i: int) -> None:
+        """Take in a layer that has been trained."""
+        outputs = self.outputs(i)
+        self.so_far, self.inputs = self.scores(outputs), list(outputs)
+
+
+def _fit_layer(
+    run: ForwardForward,
+    i: int,
+    watched: Watched | None,
+    frozen: Tensor | None,
+    schedule: Schedule,
+    history: History,
+    generator: torch.Generator | None,
+) -> None:
+    layer, true = run.model.layers[i], run.true()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=schedule.lr, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = run.loss(i, [true, *(run.wrong(generator) for _ in range(run.model.config.num_negs))], frozen)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    train(f"layer {i + 1}", [layer], step, (lambda: watched.validate(i)) if watched else None, schedule, history)
+    optimizer.zero_grad()
+    if watched:
+        watched.freeze(i)
+
+
+@torch.no_grad()
+def class_scores(model: ForwardGNN, problem: NodeProblem) -> Tensor:
+    """The goodness of every class at the real nodes, summed over the layers [N, C]."""
+    run = ForwardForward(model, problem)
+    features, scores = run.first_features(), []
+    for label in range(model.num_classes):
+        candidate, h = run.candidate(label), None
+        total = problem.x.new_zeros(problem.real)
+        for i in range(len(model.layers)):
+            h = run.layer_output(i, candidate, h, features)
+            total += run.goodness(h)
+        scores.append(total)
+    return torch.stack(scores, dim=1)
+
+
+@torch.no_grad()
+def outputs(model: ForwardGNN, problem: NodeProblem) -> list[Tensor]:
+    """The layers' outputs with the training nodes' labels alone."""
+    run = ForwardForward(model, problem)
+    labelling, features = run.true(), run.first_features()
+    found: list[Tensor] = []
+    for i in range(len(model.layers)):
+        found.append(run.layer_output(i, labelling, found[-1] if found else None, features))
+    return found
+
+
+def local_losses(model: ForwardGNN, problem: NodeProblem, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Each layer's own loss."""
+    run = ForwardForward(model, problem)
+    labellings = [run.true(), *(run.wrong(generator) for _ in range(model.config.num_negs))]
+    with torch.no_grad():
+        frozen = run.first_features()
+    for i in range(len(model.layers)):
+        yield run.loss(i, labellings, frozen)
