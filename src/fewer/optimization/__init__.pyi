@@ -1,1 +1,14 @@
-__all__: list[str] = []
+from . import mfac
+from .mfac import MFAC, InverseFisher, MFACPruning, PruneReport, SlidingInverseFisher, collect_gradients, obs_scores, prune_module
+
+__all__ = [
+    "MFAC",
+    "InverseFisher",
+    "MFACPruning",
+    "PruneReport",
+    "SlidingInverseFisher",
+    "collect_gradients",
+    "mfac",
+    "obs_scores",
+    "prune_module",
+]

@@ -1,0 +1,154 @@
+"""The two products that everything rests on: G x and G^T y for a matrix G of m gradients as rows, with all sums in float64.
+
+G may be stored in float32, bfloat16 or float16; a float32 product is exact in float64, so nothing is lost beyond the storage. On a
+CPU the loops are numba's, over tiles of columns that a cache holds, in as many threads as torch uses; the sums are taken tile by
+tile in one order, so the result does not depend on the number of threads. On a GPU a Triton kernel reads G (float32 sums in a tile).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+TILE = 16384  # columns at most: 128 KB of float64, which a second-level cache holds while all rows pass by
+QUICK = 1 << 18  # entries of G below which a second thread costs more than it saves
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def row_products(grads: Float[Tensor, "m d"], x: Float[Tensor, "d"]) -> Float[Tensor, "m"]:
+    """G x, in float64 on the CPU.
+
+    Examples:
+        >>> row_products(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([1.0, 1.0]))
+        tensor([3., 3.], dtype=torch.float64)
+    """
+    if _in_numba(grads):
+        rows, vector = grads.numpy(), x.detach().to("cpu", torch.float64).contiguous().numpy()
+        partial = np.empty((_tiles(grads), len(grads)))
+        _over_tiles(lambda first, last: _products_of_tiles(rows, vector, first, last, _width(grads), partial), grads)
+        return torch.from_numpy(partial.sum(0))
+    if _in_triton(grads):
+        from fewer.optimization.mfac.triton_kernels import fused_products
+
+        return fused_products(grads, x=x)[0].cpu()
+    total = torch.zeros(len(grads), dtype=torch.float64, device=grads.device)
+    for tile, part in zip(grads.split(TILE, dim=1), x.to(grads.device).split(TILE), strict=True):
+        total += tile.double() @ part.double()
+    return total.cpu()
+
+
+def combination(grads: Float[Tensor, "m d"], y: Float[Tensor, "m"]) -> Float[Tensor, "d"]:
+    """G^T y, on G's device, in float64 (float32 where Triton reads G).
+
+    Examples:
+        >>> combination(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([1.0, 1.0]))
+        tensor([1., 5.], dtype=torch.float64)
+    """
+    if _in_numba(grads):
+        rows, weights = grads.numpy(), y.detach().to("cpu", torch.float64).contiguous().numpy()
+        out = np.empty(grads.shape[1])
+        _over_tiles(lambda first, last: _combine_tiles(rows, weights, first, last, _width(grads), out), grads)
+        return torch.from_numpy(out)
+    if _in_triton(grads):
+        from fewer.optimization.mfac.triton_kernels import fused_products
+
+        return fused_products(grads, y=y)[1]
+    weights = y.to(grads.device, torch.float64)
+    return torch.cat([tile.double().T @ weights for tile in grads.split(TILE, dim=1)])
+
+
+def _in_numba(grads: Tensor) -> bool:
+    return grads.device.type == "cpu" and grads.dtype in (torch.float32, torch.float64) and grads.stride(1) == 1
+
+
+def _in_triton(grads: Tensor) -> bool:
+    return grads.device.type == "cuda" and grads.dtype != torch.float64 and HAS_TRITON
+
+
+def _width(grads: Tensor) -> int:
+    """Columns of a tile: the number of tiles is a multiple of 8, so that threads get equal shares."""
+    d = grads.shape[1]
+    return -(-d // (8 * -(-d // (8 * TILE))))
+
+
+def _tiles(grads: Tensor) -> int:
+    return -(-grads.shape[1] // _width(grads))
+
+
+@functools.cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="mfac")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked child has none of its parent's threads
+
+
+def _over_tiles(work: Callable[[int, int], None], grads: Tensor) -> None:
+    """Call `work(first, last)` on ranges that cover all tiles, side by side."""
+    tiles, threads = _tiles(grads), torch.get_num_threads()
+    if threads == 1 or tiles == 1 or grads.numel() < QUICK:
+        work(0, tiles)
+        return
+    ends = [tiles * part // threads for part in range(threads + 1)]
+    list(_workers(threads).map(work, ends[:-1], ends[1:]))
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _products_of_tiles(rows, x, first, last, width, partial):  # pragma: no cover - compiled
+    """partial[tile, k] = the part of (G x)_k that the tile's columns give, for tiles first..last-1; four rows at a time."""
+    m, d = rows.shape
+    for tile in range(first, last):
+        start, end = tile * width, min(d, (tile + 1) * width)
+        part = x[start:end]
+        k = 0
+        while k + 4 <= m:
+            a, b, c, e = rows[k, start:end], rows[k + 1, start:end], rows[k + 2, start:end], rows[k + 3, start:end]
+            sa, sb, sc, se = 0.0, 0.0, 0.0, 0.0
+            for i in range(end - start):
+                xi = part[i]
+                sa += np.float64(a[i]) * xi
+                sb += np.float64(b[i]) * xi
+                sc += np.float64(c[i]) * xi
+                se += np.float64(e[i]) * xi
+            partial[tile, k], partial[tile, k + 1], partial[tile, k + 2], partial[tile, k + 3] = sa, sb, sc, se
+            k += 4
+        while k < m:
+            a = rows[k, start:end]
+            total = 0.0
+            for i in range(end - start):
+                total += np.float64(a[i]) * part[i]
+            partial[tile, k] = total
+            k += 1
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _combine_tiles(rows, y, first, last, width, out):  # pragma: no cover - compiled
+    """out[i] = (G^T y)_i for the columns of tiles first..last-1; four rows at a time."""
+    m, d = rows.shape
+    for tile in range(first, last):
+        start, end = tile * width, min(d, (tile + 1) * width)
+        total = out[start:end]
+        total[:] = 0.0
+        k = 0
+        while k + 4 <= m:
+            a, b, c, e = rows[k, start:end], rows[k + 1, start:end], rows[k + 2, start:end], rows[k + 3, start:end]
+            ya, yb, yc, ye = y[k], y[k + 1], y[k + 2], y[k + 3]
+            for i in range(end - start):
+                total[i] += ya * np.float64(a[i]) + yb * np.float64(b[i]) + yc * np.float64(c[i]) + ye * np.float64(e[i])
+            k += 4
+        while k < m:
+            a = rows[k, start:end]
+            yk = y[k]
+            for i in range(end - start):
+                total[i] += yk * np.float64(a[i])
+            k += 1
