@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fewer.errors import UserError
-from fewer.tasks import fetch_small_lm, lm_training, micro_lm, small_lm, standard_library, text_corpus, token_loss
+from fewer.tasks import fetch_small_lm, lm_training, load_small_lm, micro_lm, standard_library, text_corpus, token_loss
 from fewer.tasks.language_corpus import END, VOCABULARY, is_validation, token_stream, train_tokenizer
 from fewer.tasks.lm_training import Recipe, train, windows
 from fewer.tasks.made_once import is_whole
@@ -147,7 +147,7 @@ def test_the_model_is_made_once_and_again_where_its_weights_are_not_those_writte
     assert is_whole(first)
     assert len(told) == 1
     assert [file.name for file in first.parent.iterdir() if file.name.endswith(".part")] == []
-    loaded = small_lm("family-micro", text=texts)
+    loaded = load_small_lm("family-micro", text=texts)
     about = json.loads((first / "train.json").read_text())
     assert loaded.key.startswith("family-micro-")
     assert about["tokens"] == [len(loaded.train), len(loaded.validation)]

@@ -1,7 +1,25 @@
+from .digit_features import frechet_distance
+from .digits_diffusion import DigitsDiffusion, load_digits_diffusion
 from .language_corpus import Corpus, standard_library, text_corpus
 from .lm_training import token_loss
-from .small_lm import PRESETS, Preset, SmallLM, fetch_small_lm, micro_lm, small_lm
+from .made_once import folder_of, made_once
+from .small_lm import PRESETS, Preset, SmallLM, fetch_small_lm, load_small_lm, micro_lm, open_lm
 
 __all__ = [
-    "PRESETS", "Corpus", "Preset", "SmallLM", "fetch_small_lm", "micro_lm", "small_lm", "standard_library", "text_corpus", "token_loss",
+    "PRESETS",
+    "Corpus",
+    "DigitsDiffusion",
+    "Preset",
+    "SmallLM",
+    "fetch_small_lm",
+    "folder_of",
+    "frechet_distance",
+    "load_digits_diffusion",
+    "load_small_lm",
+    "made_once",
+    "micro_lm",
+    "open_lm",
+    "standard_library",
+    "text_corpus",
+    "token_loss",
 ]  # fmt: skip

@@ -140,7 +140,9 @@ def fetch_small_lm(
     return made_once(folder, lambda part: _make(chosen, corpus, recipe, part, tell or (lambda step, steps, words: None)))
 
 
-def small_lm(preset: str = "family-s", *, steps: int | None = None, text: Sequence[Path | str] = (), tell: Tell | None = None) -> SmallLM:
+def load_small_lm(
+    preset: str = "family-s", *, steps: int | None = None, text: Sequence[Path | str] = (), tell: Tell | None = None
+) -> SmallLM:
     """The small language model, loaded with its tokens (see `fetch_small_lm`)."""
     return open_lm(fetch_small_lm(preset, steps=steps, text=text, tell=tell), corpus_of(text))
 
