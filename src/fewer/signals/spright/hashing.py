@@ -17,10 +17,10 @@ def add_columns(columns: Bits, b: int, rng: np.random.Generator) -> Bits:
     >>> rank(add_columns(np.zeros((0, 6), dtype=np.uint8), 6, np.random.default_rng(0)))
     6
     """
-    while len(columns) < b:
-        grown = np.vstack([columns, rng.integers(0, 2, size=(1, columns.shape[1]), dtype=np.uint8)])
+    while len(columns) < b:  # random columns are independent more often than not
+        grown = np.vstack([columns, rng.integers(0, 2, size=(b - len(columns), columns.shape[1]), dtype=np.uint8)])
         if rank(grown) == len(grown):
-            columns = grown
+            return grown
     return columns
 
 

@@ -64,7 +64,7 @@ def peel(bins: Float64[np.ndarray, "groups bins offsets"], columns: Words, offse
     room = PEELS_A_BIN * groups * width + 16
     indices = np.empty((room, columns.shape[2]), dtype=np.uint64)
     values = np.zeros(room)
-    table = np.full(1 << (2 * room).bit_length(), -1, dtype=np.int64)
+    table = np.full(1 << (2 * room).bit_length(), -1, dtype=np.int32)
     state = np.full((groups, width), MULTI, dtype=np.uint8)
     found = _peel(
         bins, columns, offsets.words, n,
@@ -97,7 +97,7 @@ def _bin(columns: np.ndarray, index: np.ndarray) -> int:  # pragma: no cover - c
     j = 0
     for i in range(columns.shape[0]):
         j |= np.int64(parity(columns[i], index)) << i
-    return j
+    return j  # pyright: ignore[reportReturnType]
 
 
 @numba.njit(cache=True, inline="always")
@@ -193,7 +193,8 @@ def _peel(
     queue = np.arange(groups * width)
     queued = np.ones(groups * width, dtype=np.bool_)
     head, waiting, found, peels = 0, groups * width, 0, 0
-    bits, index, sign = np.zeros(n, dtype=np.uint8), np.empty(columns.shape[2], dtype=np.uint64), np.empty(offsets.shape[0])
+    bits, row, sign = np.zeros(n, dtype=np.uint8), np.empty((1, columns.shape[2]), dtype=np.uint64), np.empty(offsets.shape[0])
+    index = row[0]
     while waiting and peels < indices.shape[0]:
         place = queue[head]
         head, waiting = (head + 1) % queue.size, waiting - 1
@@ -224,7 +225,7 @@ def _peel(
         value /= u.size
         if not _explains(u, value, sign, noiseless, floor, energy_limit[group], magnitude[group]):
             continue
-        slot = find(table, indices, index)
+        slot = find(table, indices, row, 0)
         if table[slot] < 0:
             indices[found] = index
             table[slot] = found
@@ -251,15 +252,14 @@ def _explains(
     u: np.ndarray, value: float, sign: np.ndarray, noiseless: bool, floor: float, energy_limit: float, magnitude: float
 ) -> bool:  # pragma: no cover - compiled
     """Whether the one coefficient explains the bin at all offsets, those included that had no vote."""
-    if noiseless:
-        for p in range(u.size):
-            if abs(u[p] - value * sign[p]) > RELATIVE * abs(value) + floor:
-                return False
-        return True
-    left = 0.0
+    squares, most = 0.0, 0.0
     for p in range(u.size):
-        left += (u[p] - value * sign[p]) ** 2
-    return left / u.size <= energy_limit and abs(value) >= magnitude
+        left = abs(u[p] - value * sign[p])
+        squares += left * left
+        most = max(most, left)
+    if noiseless:
+        return most <= RELATIVE * abs(value) + floor
+    return squares / u.size <= energy_limit and abs(value) >= magnitude
 
 
 __all__ = ["CODE", "FLIPS", "LIST", "MULTI", "SINGLE", "ZERO", "Limits", "Peeled", "hash_all", "peel"]

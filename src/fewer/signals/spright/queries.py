@@ -41,7 +41,7 @@ class QueryLog:
     def __init__(self, f: Function, n: int, batch_size: int, executor: Executor | None, progress: bool) -> None:
         self.f, self.n, self.batch_size, self.executor, self.progress = f, n, batch_size, executor, progress
         self.queries = 0
-        self._table = np.full(1024, -1, dtype=np.int64)
+        self._table = np.full(1024, -1, dtype=np.int32)
         self._keys: Words = np.empty((512, max(1, -(-n // 64))), dtype=np.uint64)
         self._values: Float64[np.ndarray, "points"] = np.empty(0)
         self._known = 0
@@ -51,8 +51,9 @@ class QueryLog:
         room = 1 << (self._known + len(points)).bit_length()
         if room > len(self._keys):
             keys = np.empty((room, self._keys.shape[1]), dtype=np.uint64)
-            table = np.full(2 * room, -1, dtype=np.int64)
-            enter(table, keys, 0, self._keys[: self._known], np.empty(self._known, dtype=np.int64))
+            table = np.full(2 * room, -1, dtype=np.int32)
+            if self._known:
+                enter(table, keys, 0, self._keys[: self._known], np.empty(self._known, dtype=np.int64))
             self._keys, self._table = keys, table
         numbers = np.empty(len(points), dtype=np.int64)
         self._known = enter(self._table, self._keys, self._known, points, numbers)
@@ -62,12 +63,6 @@ class QueryLog:
     def unasked(self) -> int:
         """Points that are known and not asked."""
         return self._known - self.queries
-
-    def forget_unasked(self) -> None:
-        """Take back the points that were numbered and not asked."""
-        asked = self._keys[: self.queries].copy()
-        self._table[:] = -1
-        self._known = enter(self._table, self._keys, 0, asked, np.empty(len(asked), dtype=np.int64))
 
     def answers(self, numbers: Int64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
         """f at the points of these places; asks what was not asked.

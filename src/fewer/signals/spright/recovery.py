@@ -179,7 +179,9 @@ class Sampling:
         return np.stack([pack(each) for each in self.columns]) if b else np.zeros((len(self.columns), 0, words), dtype=np.uint64)
 
 
-def _recover(plan: Plan, n: int, sampling: Sampling, log: QueryLog, sparsity: int | None, refine: bool, device: str | None) -> SparseSpectrum:
+def _recover(
+    plan: Plan, n: int, sampling: Sampling, log: QueryLog, sparsity: int | None, refine: bool, device: str | None
+) -> SparseSpectrum:
     """Transform the samples, peel the bins, and fit what was found."""
     assert sampling.values is not None
     bins = bins_of(sampling.values, device)

@@ -26,7 +26,13 @@ class Refined(NamedTuple):
 
 
 def refine(
-    bins: BinVectors, left: BinVectors, settled: Bool[np.ndarray, "groups bins"], columns: Words, offsets: Words, indices: Words, repeats: float
+    bins: BinVectors,
+    left: BinVectors,
+    settled: Bool[np.ndarray, "groups bins"],
+    columns: Words,
+    offsets: Words,
+    indices: Words,
+    repeats: float,
 ) -> Refined:
     """Fit the values of the found coefficients to all bins, drop those below three standard errors, and fit again.
 

@@ -61,7 +61,9 @@ def fwht(x: np.ndarray, axis: int = -1, normalize: bool = True, inplace: bool = 
 def check_power_of_two(name: str, length: int) -> None:
     """ValueError unless the length is 1, 2, 4, ..."""
     if length < 1 or length & (length - 1):
-        raise ValueError(f"{name} has length {length}; expected a power of two, such as {1 << max(length - 1, 0).bit_length()}: pad or cut it")
+        raise ValueError(
+            f"{name} has length {length}; expected a power of two, such as {1 << max(length - 1, 0).bit_length()}: pad or cut it"
+        )
 
 
 def _transform(rows: np.ndarray) -> None:
