@@ -36,8 +36,9 @@ Denoise = Callable[[Tensor, Tensor | float], Tensor]
 
 
 class Schedule(Protocol):
-    """A noise schedule: x_t = alpha x_0 + sigma noise at a model's time."""
+    """A noise schedule over a continuous time t: x_t = alpha x_0 + sigma noise; `time` says which t a network's time step stands for."""
 
+    def time(self, timestep: Tensor | float) -> Tensor: ...
     def alpha(self, t: Tensor) -> Tensor: ...
     def sigma(self, t: Tensor) -> Tensor: ...
 
@@ -57,7 +58,7 @@ class EpsilonModel(nn.Module):
         self.denoiser, self.schedule, self.in_channels, self.sample_size = denoiser, schedule, 1, side
 
     def forward(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> EpsilonOutput:
-        t = torch.as_tensor(timestep, dtype=torch.float64)
+        t = self.schedule.time(timestep)
         alpha, sigma = (value.to(sample) for value in (self.schedule.alpha(t), self.schedule.sigma(t)))
         if alpha.ndim:
             alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in (alpha, sigma))
