@@ -5,7 +5,7 @@ Edge types: 0 the graph's own, 1..C from a training node to its class, C+1..2C b
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -54,9 +54,10 @@ class AddClassNodes(BaseTransform):
         check_choice("direction", direction, DIRECTIONS)
         if num_classes is not None:
             check_whole(least=2, num_classes=num_classes)
-        self.num_classes, self.direction, self.features, self.seed = num_classes, direction, features, seed
+        self.num_classes, self.features, self.seed = num_classes, features, seed
+        self.direction: Direction = direction
 
-    def forward(self, data: Data) -> Data:
+    def forward(self, data: Any) -> Data:
         if "virtual_mask" in data:
             raise ValueError("the graph has class nodes already (virtual_mask); expected a plain one: add them once")
         train = check_nodes(data)
@@ -93,7 +94,7 @@ class AddClassNodes(BaseTransform):
         return f"{type(self).__name__}(num_classes={self.num_classes}, direction={self.direction!r}, seed={self.seed})"
 
 
-def remove_class_nodes(data: Data) -> Data:
+def remove_class_nodes(data: Any) -> Data:
     """The graph without its class nodes and their edges: what `AddClassNodes` was given.
 
     Raises:

@@ -50,8 +50,9 @@ class Graph:
     @functools.cached_property
     def gcn(self) -> SparseMatrix:
         """D^-1/2 (A + I) D^-1/2 with the degrees of this graph, virtual nodes' included."""
-        (source, target), weights = gcn_norm(self.edge_index, None, self.num_nodes, dtype=self.dtype)
-        return SparseMatrix.of_entries(target, source, cast("Tensor", weights), (self.num_nodes, self.num_nodes))
+        edges, weights = cast("tuple[Tensor, Tensor]", gcn_norm(self.edge_index, None, self.num_nodes, dtype=self.dtype))
+        source, target = edges
+        return SparseMatrix.of_entries(target, source, weights, (self.num_nodes, self.num_nodes))
 
     @functools.cached_property
     def sage(self) -> SparseMatrix:
@@ -132,7 +133,7 @@ class GraphLayer(nn.Module):
         return h if self.kind == "gcn" else h + projected[:, self.out_channels :]
 
 
-def make_convolution(conv: Convolution, in_channels: int, out_channels: int) -> Any:
+def make_convolution(conv: Convolution | str, in_channels: int, out_channels: int) -> Any:
     """The PyG convolution of that name, or what the function makes."""
     if conv == "gcn":
         return GCNConv(in_channels, out_channels)

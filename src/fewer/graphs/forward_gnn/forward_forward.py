@@ -119,13 +119,11 @@ class ForwardForward:
         """The score that a layer's output gives the labels, at the real nodes."""
         return mean_goodness(h[: self.problem.real], self.model.config.theta)
 
-    def loss(self, i: int, labellings: Sequence[Labelling], frozen: Tensor | None) -> Tensor:
-        """Layer i's loss; the first labelling is the true one, `frozen` what the features add to a trained layer 1."""
+    def loss(self, i: int, true: Labelling, below_true: Tensor | None, wrong: Sequence[Labelling], frozen: Tensor | None) -> Tensor:
+        """Layer i's loss; `frozen` is what the features add to a layer 1 that has been trained, `below_true` layer i's input."""
         features = self.first_features() if i == 0 else frozen
-        goodness = []
-        for labelling in labellings:
-            h = self.layer_output(i, labelling, self.below(i, labelling, frozen), features)
-            goodness.append(sum_goodness(h[self.problem.train]))
+        inputs = [(true, below_true), *((labelling, self.below(i, labelling, frozen)) for labelling in wrong)]
+        goodness = [sum_goodness(self.layer_output(i, labelling, below, features)[self.problem.train]) for labelling, below in inputs]
         return forward_forward_loss(goodness[0], torch.cat(goodness[1:]), self.model.config.theta)
 
 
@@ -170,7 +168,8 @@ class Watched:
     def freeze(self, i: int) -> None:
         """Take in a layer that has been trained."""
         outputs = self.outputs(i)
-        self.so_far, self.inputs = self.scores(outputs), list(outputs)
+        self.so_far = self.scores(outputs)
+        self.inputs = list[Tensor | None](outputs)
 
 
 def _fit_layer(
@@ -183,11 +182,13 @@ def _fit_layer(
     generator: torch.Generator | None,
 ) -> None:
     layer, true = run.model.layers[i], run.true()
+    below_true = run.below(i, true, frozen)
     optimizer = torch.optim.Adam(layer.parameters(), lr=schedule.lr, fused=True)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = run.loss(i, [true, *(run.wrong(generator) for _ in range(run.model.config.num_negs))], frozen)
+        wrong = [run.wrong(generator) for _ in range(run.model.config.num_negs)]
+        loss = run.loss(i, true, below_true, wrong, frozen)
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -227,8 +228,8 @@ def outputs(model: ForwardGNN, problem: NodeProblem) -> list[Tensor]:
 def local_losses(model: ForwardGNN, problem: NodeProblem, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """Each layer's own loss."""
     run = ForwardForward(model, problem)
-    labellings = [run.true(), *(run.wrong(generator) for _ in range(model.config.num_negs))]
+    true, wrong = run.true(), [run.wrong(generator) for _ in range(model.config.num_negs)]
     with torch.no_grad():
         frozen = run.first_features()
     for i in range(len(model.layers)):
-        yield run.loss(i, labellings, frozen)
+        yield run.loss(i, true, run.below(i, true, frozen), wrong, frozen)

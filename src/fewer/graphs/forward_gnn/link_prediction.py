@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +15,7 @@ from fewer.graphs.forward_gnn.link_problem import LinkProblem, area_under_curve,
 from fewer.graphs.forward_gnn.losses import binary_loss, pair_products, pair_score
 from fewer.graphs.forward_gnn.model import ForwardGNNConfig, layer_widths
 from fewer.graphs.forward_gnn.single_forward import keeps_propagation
-from fewer.graphs.forward_gnn.top_to_input import time_step
+from fewer.graphs.forward_gnn.top_to_input import Visit, time_step
 from fewer.graphs.forward_gnn.training import Callback, History, Schedule, train
 
 
@@ -175,38 +175,62 @@ class ForwardLinkPredictor(nn.Module):
     ) -> None:
         x: Matrix = compact(normalize_rows(problem.x), self.layers[0])
         seen: Matrix | None = compact(normalize_rows(watched.x), self.layers[0]) if watched else None
-        so_far: Tensor | None = None
+        so_far: Tensor | float = 0.0
         for number, layer in enumerate(self.layers, start=1):
             outputs = self._constant(layer, x, problem, cache)
-            watched_outputs = self._constant(layer, seen, watched, cache) if watched and seen is not None else None
-            optimizer = torch.optim.Adam(layer.parameters(), lr=schedule.lr, fused=True)
-
-            def step(outputs=outputs, optimizer=optimizer) -> float:
-                optimizer.zero_grad()
-                loss = self._layer_loss(outputs(), problem, problem.negatives(generator))
-                loss.backward()
-                optimizer.step()
-                return loss.item()
-
-            @torch.no_grad()
-            def summed(watched_outputs=watched_outputs, so_far=so_far) -> Tensor:
-                assert watched is not None
-                assert watched_outputs is not None
-                found = self.scores(watched_outputs(), watched.pairs).sigmoid()
-                return found if so_far is None else so_far + found
-
-            def validate(summed=summed) -> float:
-                assert watched is not None
-                return area_under_curve(summed(), watched.truth)
-
-            train(f"layer {number}", [layer], step, validate if watched else None, schedule, history)
-            optimizer.zero_grad()
+            judged = (
+                self._probabilities_of(self._constant(layer, seen, watched, cache), watched, so_far)
+                if watched and seen is not None
+                else None
+            )
+            self._fit_layer(f"layer {number}", layer, outputs, judged, problem, watched, schedule, history, generator)
             with torch.no_grad():
                 x = normalize_rows(outputs())
-                if watched_outputs is not None:
-                    so_far, seen = summed(), normalize_rows(watched_outputs())
+                if watched and seen is not None and judged is not None:
+                    so_far = judged()
+                    seen = normalize_rows(self._constant(layer, seen, watched, False)())
 
-    def _constant(self, layer: GraphLayer, x: Matrix, problem: LinkProblem, cache: bool | None):
+    def _fit_layer(
+        self,
+        stage: str,
+        layer: GraphLayer,
+        outputs: Callable[[], Tensor],
+        judged: Callable[[], Tensor] | None,
+        problem: LinkProblem,
+        watched: LinkProblem | None,
+        schedule: Schedule,
+        history: History,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Train one layer; `outputs` is what it gives for its constant input, `judged` the summed scores of the watched pairs."""
+        optimizer = torch.optim.Adam(layer.parameters(), lr=schedule.lr, fused=True)
+
+        def step() -> float:
+            optimizer.zero_grad()
+            loss = self._layer_loss(outputs(), problem, problem.negatives(generator))
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        def validate() -> float:
+            assert watched is not None
+            assert judged is not None
+            return area_under_curve(judged(), watched.truth)
+
+        train(stage, [layer], step, validate if judged else None, schedule, history)
+        optimizer.zero_grad()
+
+    def _probabilities_of(self, outputs: Callable[[], Tensor], watched: LinkProblem, so_far: Tensor | float) -> Callable[[], Tensor]:
+        """A function that adds a layer's probabilities of the watched pairs to those of the layers below."""
+
+        @torch.no_grad()
+        def judged() -> Tensor:
+            return so_far + self.scores(outputs(), watched.pairs).sigmoid()
+
+        return judged
+
+    def _constant(self, layer: GraphLayer, x: Matrix, problem: LinkProblem, cache: bool | None) -> Callable[[], Tensor]:
+        """The layer's output at all nodes, for its present weights and a constant input."""
         rows = torch.arange(problem.graph.num_nodes, device=problem.x.device)
         return layer.outputs_of(x, problem.graph, rows, keeps_propagation(layer, x, cache))
 
@@ -224,7 +248,7 @@ class ForwardLinkPredictor(nn.Module):
         parts = [bottom if below is None else layer.project(0, below)]
         return layer.combine([*parts, *([layer.project(1, above)] if len(layer.widths) > 1 else [])], graph)
 
-    def _move(self, bottom: Tensor, graph: Graph, states: list[Tensor], visit) -> list[Tensor]:
+    def _move(self, bottom: Tensor, graph: Graph, states: list[Tensor], visit: Visit) -> list[Tensor]:
         def run(i: int, below: Tensor | None, above: Tensor) -> Tensor:
             return self._run(bottom, graph, i, below, above)
 

@@ -5,8 +5,8 @@ Layer l: h = GNN(norm(x)), x the frozen output of the layer below; loss = cross-
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,9 +52,38 @@ def fit(
                 x = next_input(model, problem, layer([x], problem.graph))
 
 
+@torch.no_grad()
+def constant_inputs(model: ForwardGNN, data: Any) -> tuple[NodeProblem, list[Matrix]]:
+    """A graph made ready, and what each layer of the model reads there."""
+    problem = model.prepare(data)
+    inputs: list[Matrix] = [first_input(model, problem)]
+    for layer in model.layers[:-1]:
+        inputs.append(next_input(model, problem, layer([inputs[-1]], problem.graph)))
+    return problem, inputs
+
+
 def keeps_propagation(layer: GraphLayer, x: Matrix, cache: bool | None) -> bool:
     """Whether A x is kept while the layer trains: by default where x is dense, as A x then costs no more to multiply than x."""
     return layer.kind is not None and (not isinstance(x, SparseMatrix) if cache is None else cache)
+
+
+def layer_step(
+    model: ForwardGNN, layer: GraphLayer, x: Matrix, problem: NodeProblem, lr: float, cache: bool | None = None
+) -> Callable[[], float]:
+    """A function that takes one step of Adam on the layer's own loss, for a constant input, and returns the loss before it."""
+    rows, labelled = torch.cat([problem.train, problem.virtual]), len(problem.train)
+    outputs = layer.outputs_of(x, problem.graph, rows, keeps_propagation(layer, x, cache))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=lr, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        h = outputs()
+        loss = single_forward_loss(h[:labelled], h[labelled:], problem.y, model.temperature)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
 
 
 def _fit_layer(
@@ -69,22 +98,12 @@ def _fit_layer(
     cache: bool | None,
 ) -> Tensor | None:
     """Train one layer on a constant input; returns the validation nodes' class probabilities summed up to it."""
-    keep = keeps_propagation(layer, x, cache)
-    labelled = len(problem.train)
     with memory_for("kept propagation"):
-        outputs = layer.outputs_of(x, problem.graph, torch.cat([problem.train, problem.virtual]), keep)
+        step = layer_step(model, layer, x, problem, schedule.lr, cache)
         watched = None
         if problem.validation is not None:
-            watched = layer.outputs_of(x, problem.graph, torch.cat([problem.validation, problem.virtual]), keep)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=schedule.lr, fused=True)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        h = outputs()
-        loss = single_forward_loss(h[:labelled], h[labelled:], problem.y, model.temperature)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+            rows = torch.cat([problem.validation, problem.virtual])
+            watched = layer.outputs_of(x, problem.graph, rows, keeps_propagation(layer, x, cache))
 
     @torch.no_grad()
     def summed() -> Tensor:
@@ -99,7 +118,7 @@ def _fit_layer(
         return accuracy(summed(), problem.validation_y)
 
     train(stage, [layer], step, validate if watched else None, schedule, history)
-    optimizer.zero_grad()
+    layer.zero_grad()
     return summed() if watched else None
 
 

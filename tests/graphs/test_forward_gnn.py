@@ -1,0 +1,479 @@
+"""ForwardGNN against PyG's convolutions, NumPy and itself: formulas, locality, kept propagation, leakage, order, early stopping, memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch_geometric.data import Data
+from torch_geometric.nn import GATConv, GCNConv, GraphConv, SAGEConv
+from torch_geometric.utils import erdos_renyi_graph
+
+from fewer.graphs import AddClassNodes, BackpropagationGNN, ForwardGNN, ForwardGNNConfig, fit_backpropagation
+from fewer.graphs.forward_gnn import top_to_input
+from fewer.graphs.forward_gnn.comparison import random_geometric_graph, shallower
+from fewer.graphs.forward_gnn.convolution import Graph, GraphLayer, normalize_rows
+from fewer.graphs.forward_gnn.losses import mean_goodness
+from fewer.graphs.forward_gnn.model import MODES
+from fewer.graphs.forward_gnn.sparse import SparseMatrix, sparse_product
+from fewer.meters import tensor_memory
+
+CLASSES, FEATURES = 3, 12
+
+
+def community_graph(nodes=90, seed=0, zeros=0.0, dtype=torch.float32) -> Data:
+    """Three communities, joined mostly within; features tell them apart a little. Node 0 is isolated."""
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(nodes) % CLASSES
+    torch.manual_seed(seed)
+    edges = erdos_renyi_graph(nodes, 0.25)
+    kept = (y[edges[0]] == y[edges[1]]) | (edges.sum(0) % 5 == 0)
+    edges = edges[:, kept & (edges != 0).all(0)]
+    x = torch.randn(nodes, FEATURES, generator=draw, dtype=dtype) + 0.7 * F.one_hot(y, FEATURES)
+    x = x * (torch.rand(nodes, FEATURES, generator=draw) >= zeros)
+    order = torch.randperm(nodes, generator=draw)
+    data = Data(x=x, edge_index=edges, y=y)
+    for name, rows in (
+        ("train_mask", order[: nodes // 2]),
+        ("val_mask", order[nodes // 2 : 3 * nodes // 4]),
+        ("test_mask", order[3 * nodes // 4 :]),
+    ):
+        data[name] = torch.zeros(nodes, dtype=torch.bool)
+        data[name][rows] = True
+    return data
+
+
+def network(mode="single", layers=2, hidden=16, seed=0, **settings) -> ForwardGNN:
+    torch.manual_seed(seed)
+    return ForwardGNN(FEATURES, hidden, layers, CLASSES, mode=mode, **settings)
+
+
+def fit(model, data, **settings):
+    return model.fit(data, **{"epochs": 20, "lr": 1e-2, "generator": torch.Generator().manual_seed(0)} | settings)
+
+
+def same(one, other) -> bool:
+    """Whether two state dicts are equal, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def losses_of(history) -> list[float]:
+    return [line.train_loss for line in history.epochs]
+
+
+# Layers
+
+
+@pytest.mark.parametrize("conv", ["gcn", "sage", "gat", lambda into, out: GraphConv(into, out)])
+@pytest.mark.parametrize("zeros", [0.0, 0.95])
+def test_a_layer_is_pygs_convolution_and_relu_however_it_is_computed(conv, zeros):
+    data = AddClassNodes()(community_graph(zeros=zeros, dtype=torch.float64))
+    layer = GraphLayer((5, 7), 8, conv).double()
+    kinds = {"gcn": GCNConv, "sage": SAGEConv, "gat": GATConv}
+    assert isinstance(layer.conv, kinds[conv] if isinstance(conv, str) else GraphConv)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    graph = Graph(data.edge_index, data.num_nodes, torch.float64)
+    expected = layer.conv(data.x, data.edge_index).relu()
+    torch.testing.assert_close(layer([data.x[:, :5], data.x[:, 5:]], graph), expected, rtol=0, atol=1e-9)
+    whole = GraphLayer((12,), 8, conv).double()
+    whole.load_state_dict(layer.state_dict())
+    rows = torch.tensor([7, 3, 91])
+    for x in [data.x] + [SparseMatrix.of_dense(data.x)] * (conv in ("gcn", "sage")):
+        for keep in (True, False):
+            torch.testing.assert_close(whole.outputs_of(x, graph, rows, keep)(), expected[rows], rtol=0, atol=1e-9)
+
+
+def test_a_sparse_product_has_the_dense_ones_gradient():
+    dense = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(5, 6, dtype=torch.float64) * (torch.rand(5, 6) < 0.5)
+    assert torch.autograd.gradcheck(lambda each: sparse_product(SparseMatrix.of_dense(matrix), each), dense)
+
+
+def test_kept_propagation_gives_the_losses_of_recomputed_ones():
+    for conv in ("gcn", "sage"):
+        for data in (community_graph(), community_graph(zeros=0.95)):
+            histories = []
+            for cache in (True, False):
+                model = network(layers=3, conv=conv)
+                histories.append(losses_of(fit(model, data, cache=cache, patience=None)))
+            assert len(histories[0]) == 60
+            np.testing.assert_allclose(*histories, rtol=0, atol=1e-6)
+
+
+def test_a_single_forward_step_is_the_one_derived_by_hand():
+    """GCN in float64: the loss and its gradient written out with dense matrices in NumPy."""
+    data = community_graph(nodes=20, dtype=torch.float64)
+    model = network(layers=1, hidden=6, temperature=0.7).double()
+    torch.nn.init.normal_(model.layers[0].conv.bias)
+    (loss,) = model.local_losses(data)
+    loss.backward()
+
+    augmented = AddClassNodes(CLASSES, features=model.class_features)(data)
+    count = augmented.num_nodes
+    a = np.eye(count)
+    for source, target in augmented.edge_index.T.tolist():
+        a[target, source] += 1
+    scale = 1 / np.sqrt(a.sum(1))
+    a = scale[:, None] * a * scale
+    x = augmented.x.numpy()
+    x = x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-8)
+    z = a @ x @ model.layers[0].conv.lin.weight.detach().numpy().T + model.layers[0].conv.bias.detach().numpy()
+    h = np.maximum(z, 0)
+    train, y = data.train_mask.nonzero()[:, 0].numpy(), data.y[data.train_mask].numpy()
+    logits = h[train] @ h[-CLASSES:].T / 0.7
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    expected = -np.log(p[np.arange(len(y)), y]).mean()
+    g = (p - np.eye(CLASSES)[y]) / len(y) / 0.7
+    dh = np.zeros_like(h)
+    dh[train] += g @ h[-CLASSES:]
+    dh[-CLASSES:] += g.T @ h[train]
+    dz = dh * (z > 0)
+    assert abs(loss.item() - expected) < 1e-9
+    np.testing.assert_allclose(model.layers[0].conv.lin.weight.grad, dz.T @ (a @ x), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(model.layers[0].conv.bias.grad, dz.sum(0), rtol=0, atol=1e-9)
+
+
+# Locality
+
+
+def leaves(loss: torch.Tensor) -> set[int]:
+    """The parameters that the loss's graph reaches."""
+    found, waiting, seen = set(), [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [each for each, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layers_loss_reaches_its_own_parameters_alone(mode):
+    model = network(mode, layers=3)
+    losses = model.local_losses(community_graph())
+    assert len(losses) == 3
+    for layer, loss in zip(model.layers, losses, strict=True):
+        assert leaves(loss) == {id(parameter) for parameter in layer.parameters()}
+
+
+def test_a_later_layer_changes_nothing_in_an_earlier_ones_training():
+    models = [network(layers=2), network(layers=2)]
+    models[1].layers[1].conv.lin.weight.data.add_(1.0)
+    for model in models:
+        fit(model, community_graph(), patience=None)
+    assert same(models[0].layers[0].state_dict(), models[1].layers[0].state_dict())
+    assert not same(models[0].layers[1].state_dict(), models[1].layers[1].state_dict())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_step_saves_for_its_gradient_does_not_grow_with_depth(mode):
+    """Bytes alive at once of what autograd keeps: that of one layer, however many there are."""
+    most = []
+    for layers in (3, 6):
+        alive = peak = 0
+
+        def keep(tensor):
+            nonlocal alive, peak
+            box = Box(tensor)
+            return box
+
+        class Box:
+            def __init__(self, tensor):
+                nonlocal alive, peak
+                self.tensor, self.size = tensor, tensor.numel()
+                alive += self.size
+                peak = max(peak, alive)
+
+            def __del__(self):
+                nonlocal alive
+                alive -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.tensor):
+            fit(network(mode, layers=layers), community_graph(), epochs=2, patience=None)
+        most.append(peak)
+    assert most[1] == most[0]
+
+
+# Labels
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_labels_of_nodes_that_do_not_train_change_nothing(mode):
+    """Test labels never; validation labels only by choosing when to stop: without a validation mask they are not read either."""
+    data = community_graph()
+    replaced = data.clone()
+    replaced.y = torch.where(data.train_mask | data.val_mask, data.y, torch.randint(CLASSES, data.y.shape))
+    unwatched, unwatched_replaced = data.clone(), data.clone()
+    unwatched_replaced.y = torch.where(data.train_mask, data.y, torch.randint(CLASSES, data.y.shape))
+    del unwatched.val_mask, unwatched_replaced.val_mask
+    for one, other in ((data, replaced), (unwatched, unwatched_replaced)):
+        models, histories = [network(mode), network(mode)], []
+        for model, each in zip(models, (one, other), strict=True):
+            histories.append([line[:4] for line in fit(model, each, patience=6).epochs])
+        assert str(histories[0]) == str(histories[1])  # nan is no number that equals itself
+        assert same(models[0].state_dict(), models[1].state_dict())
+        assert torch.equal(models[0].predict_proba(one), models[1].predict_proba(other))
+
+
+@pytest.mark.parametrize("append_label", ["input", "all"])
+@pytest.mark.parametrize("mode", ["single", "top_to_input", "top_to_loss"])
+def test_appended_labels_are_read_and_do_not_leak(mode, append_label):
+    data, plain = community_graph(), network(mode)
+    replaced = data.clone()
+    replaced.y = torch.where(data.train_mask | data.val_mask, data.y, torch.randint(CLASSES, data.y.shape))
+    models = [network(mode, append_label=append_label) for _ in range(2)]
+    for model, each in zip(models, (data, replaced), strict=True):
+        fit(model, each)
+    assert torch.equal(models[0].predict_proba(data), models[1].predict_proba(replaced))
+    widths = [layer.widths[0] for layer in models[0].layers]
+    assert widths[0] == plain.layers[0].widths[0] + CLASSES
+    assert widths[1] == plain.layers[1].widths[0] + CLASSES * (append_label == "all")
+
+
+# Predictions
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_predictions_do_not_depend_on_the_order_of_the_nodes(mode):
+    data, model = community_graph(), network(mode)
+    fit(model, data)
+    order = torch.randperm(data.num_nodes)
+    place = order.argsort()
+    permuted = Data(x=data.x[order], y=data.y[order], train_mask=data.train_mask[order], edge_index=place[data.edge_index])
+    torch.testing.assert_close(model.predict_proba(permuted), model.predict_proba(data)[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_isolated_nodes_get_finite_predictions_and_the_communities_are_learnt(mode):
+    data, model = community_graph(), network(mode)
+    assert not (data.edge_index == 0).any()
+    history = fit(model, data, epochs=150)
+    probabilities = model.predict_proba(data)
+    assert probabilities.isfinite().all()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(data.num_nodes))
+    assert (model.predict(data, data.test_mask) == data.y[data.test_mask]).float().mean() > 0.7
+    assert history.best_validation() > 0.7
+    for conv in ("sage", "gat"):
+        assert network(mode, conv=conv).predict_proba(data).isfinite().all()
+
+
+def test_probabilities_are_the_mean_over_layers_of_the_softmax_of_inner_products():
+    data, model = community_graph(), network(layers=3, temperature=0.5)
+    h = AddClassNodes(CLASSES, features=model.class_features)(data)
+    x, expected = h.x, 0
+    for layer in model.layers:
+        x = layer.conv(normalize_rows(x), h.edge_index).relu()
+        expected = expected + (x[:-CLASSES] @ x[-CLASSES:].T / 0.5).softmax(1) / 3
+    torch.testing.assert_close(model.predict_proba(data), expected)
+    torch.testing.assert_close(model.embed(data)[2], x[:-CLASSES])
+
+
+@pytest.mark.parametrize("mode", ["ff_labels", "ff_virtual"])
+@pytest.mark.parametrize("conv", ["gcn", "gat"])
+def test_a_forward_forward_prediction_is_the_brute_force_over_classes(mode, conv):
+    data, model = community_graph(), network(mode, conv=conv)
+    fit(model, data, epochs=5)
+    nodes, scores = data.num_nodes, []
+    for label in range(CLASSES):
+        given = torch.where(data.train_mask, data.y, label)
+        if mode == "ff_labels":
+            h, edges = torch.cat([data.x, F.one_hot(given, CLASSES)], dim=1), data.edge_index
+        else:
+            h = torch.cat([data.x, model.class_features])
+            to_class = torch.stack([torch.arange(nodes), nodes + given])
+            edges = torch.cat([data.edge_index, to_class, to_class.flip(0)], dim=1)
+        total = 0
+        for layer in model.layers:
+            h = layer.conv(h / (h.norm(dim=1, keepdim=True) + 1e-8), edges).relu()
+            total = total + (h[:nodes] ** 2).mean(1) - 2
+        scores.append(total)
+    scores = torch.stack(scores, dim=1)
+    torch.testing.assert_close(model.predict_proba(data), scores.softmax(1))
+    assert torch.equal(model.predict(data), scores.argmax(1))
+    assert mean_goodness(torch.ones(1, 4)).item() == -1.0
+
+
+def test_forward_forward_losses_are_bce_of_the_sum_of_squares_over_theta_with_two_wrong_labellings():
+    data, model = community_graph(), network("ff_labels", layers=1)
+    train, y = data.train_mask, data.y[data.train_mask]
+    (loss,) = model.local_losses(data, torch.Generator().manual_seed(3))
+    draw = torch.Generator().manual_seed(3)
+    goodness = []
+    for labels in [y] + [(y + torch.randint(1, CLASSES, y.shape, generator=draw)) % CLASSES for _ in range(2)]:
+        beside = torch.full((data.num_nodes, CLASSES), 1 / CLASSES)
+        beside[train] = F.one_hot(labels, CLASSES).float()
+        h = model.layers[0].conv(normalize_rows(torch.cat([data.x, beside], dim=1)), data.edge_index).relu()
+        goodness.append((h[train] ** 2).sum(1) - 2.0)
+    goodness = torch.cat(goodness)
+    truth = torch.arange(len(goodness)) < len(y)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(goodness, truth.float()))
+
+
+# Top-down signals
+
+
+def test_top_to_loss_with_one_layer_is_single_forward_with_one_layer_without_the_norm():
+    data = community_graph(dtype=torch.float64)
+    data.x = normalize_rows(data.x)  # so that SF's norm changes nothing
+    single, top = network(layers=1).double(), network("top_to_loss", layers=1).double()
+    for model in (single, top):
+        model.class_features.copy_(normalize_rows(model.class_features))
+    histories = [losses_of(fit(model, data, patience=None)) for model in (single, top)]
+    np.testing.assert_allclose(*histories, atol=1e-6)
+    data.x = 3 * data.x
+    assert top.local_losses(data)[0].item() != pytest.approx(single.local_losses(data)[0].item(), rel=1e-3)
+
+
+def test_top_to_loss_sees_the_mean_of_its_output_and_the_states_above():
+    data, model = community_graph(), network("top_to_loss", layers=3)
+    graph = AddClassNodes(CLASSES, features=model.class_features)(data)
+    outputs, states = [], [graph.x]
+    for layer in model.layers:
+        outputs.append(layer.conv(states[-1], graph.edge_index).relu())
+        states.append(normalize_rows(outputs[-1]))
+    for i, loss in enumerate(model.local_losses(data)):
+        e = torch.stack([outputs[i], *states[i + 2 :]]).mean(0)
+        expected = F.cross_entropy(e[:-CLASSES][data.train_mask] @ e[-CLASSES:].T, data.y[data.train_mask])
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_alternating_updates_read_what_is_updated_already(alternating):
+    """A recording layer: each output is the number of the call, so that what a layer reads says when it was made."""
+    reads, calls = [], 0
+
+    def run(i, below, above):
+        nonlocal calls
+        calls += 1
+        reads.append((i + 1, None if below is None else below.item(), above.item()))
+        return torch.tensor([[float(calls)]])
+
+    identity = top_to_input.normalize_rows
+    top_to_input.normalize_rows = lambda h: h
+    try:
+        states = [torch.tensor([[-float(i)]]) for i in (1, 2, 3)]
+        new = top_to_input.time_step([None] * 3, run, states, torch.tensor([[9.0]]), alternating, lambda i, h: h)
+    finally:
+        top_to_input.normalize_rows = identity
+    if alternating:  # layer 2 first, from the old states; then 1 and 3 read its new one
+        assert reads == [(2, -1.0, -3.0), (1, None, 1.0), (3, 1.0, 9.0)]
+    else:
+        assert reads == [(1, None, -2.0), (2, -1.0, -3.0), (3, -2.0, 9.0)]
+    assert [state.item() for state in states] == [-1.0, -2.0, -3.0]
+    assert len(new) == 3
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_top_to_input_predicts_from_the_steps_that_count(alternating):
+    """The time steps written out: from zeros above, labels above the last layer, steps 3 to 4 of 4."""
+    config = ForwardGNNConfig(test_time_steps=4, alternating_update=alternating)
+    data, model = community_graph(), network("top_to_input", layers=2, config=config)
+    graph = AddClassNodes(CLASSES, features=model.class_features)(data)
+    labels = torch.full((graph.num_nodes, CLASSES), 1 / CLASSES)
+    known = graph.train_mask | graph.virtual_mask
+    labels[known] = F.one_hot(graph.y[known], CLASSES).float()
+    x, above = normalize_rows(graph.x), normalize_rows(labels)
+    one, two = (lambda below, up, layer=layer: layer.conv(torch.cat([below, up], dim=1), graph.edge_index).relu() for layer in model.layers)
+    s1 = normalize_rows(one(x, torch.zeros(graph.num_nodes, 16)))
+    s2 = normalize_rows(two(s1, torch.zeros(graph.num_nodes, CLASSES)))
+    total = torch.zeros(data.num_nodes, CLASSES)
+    for step in (1, 2, 3, 4):
+        if alternating:
+            h2 = two(s1, above)
+            h1 = one(x, normalize_rows(h2))
+        else:
+            h1, h2 = one(x, s2), two(s1, above)
+        s1, s2 = normalize_rows(h1), normalize_rows(h2)
+        if step >= 3:
+            total += sum((h[:-CLASSES] @ h[-CLASSES:].T).softmax(1) for h in (h1, h2))
+    torch.testing.assert_close(model.predict_proba(data), (total / 4).detach())
+    torch.testing.assert_close(model.embed(data)[1], h2[:-CLASSES].detach())
+
+
+# Early stopping
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_best_validation_state_is_kept_and_found_again(mode):
+    data, model = community_graph(zeros=0.5), network(mode)
+    states = {}
+    history = fit(
+        model, data, epochs=60, patience=10, lr=3e-2, callbacks=[lambda line: states.update({line[:2]: copy.deepcopy(model.state_dict())})]
+    )
+    last = history.epochs[-1].stage
+    seen = [line for line in history.epochs if line.stage == last and not math.isnan(line.validation)]
+    assert history.best_validation() == max(line.validation for line in seen)
+    assert all(line.epoch % 2 == 0 for line in seen)
+    assert history.epochs[-1].epoch in (history.best[last] + 10, 60)
+    found = (model.predict(data, data.val_mask) == data.y[data.val_mask]).double().mean().item()
+    assert found == history.best_validation()
+    kept = {name: value for name, value in model.state_dict().items() if "class_embeddings" not in name}
+    at_best = states[last, history.best[last]]
+    assert all(torch.equal(value, at_best[name]) for name, value in kept.items())
+
+
+def test_without_validation_nodes_the_last_state_is_kept():
+    data, model = community_graph(), network()
+    del data.val_mask
+    history = fit(model, data, epochs=7)
+    assert history.best == {"layer 1": 7, "layer 2": 7}
+    assert all(math.isnan(line.validation) for line in history.epochs)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_state():
+    model = network()
+    with pytest.raises(FloatingPointError, match=r"the loss of layer 1 is .* in epoch \d+.*try a lower lr"):
+        fit(model, community_graph(), lr=1e38, epochs=50)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_the_first_layers_of_a_trained_network_are_what_a_shallower_fit_gives():
+    for mode in ("single", "ff_labels", "ff_virtual"):
+        deep, shallow = network(mode, layers=3), network(mode, layers=3)
+        data = community_graph()
+        fit(deep, data)
+        torch.manual_seed(0)
+        shallow = ForwardGNN(FEATURES, 16, 2, CLASSES, mode=mode)
+        shallow.class_features.copy_(deep.class_features)
+        fit(shallow, data)
+        assert torch.equal(shallower(deep, 2).predict_proba(data), shallow.predict_proba(data))
+
+
+# Memory
+
+
+def test_memory_stays_flat_over_layers_where_backpropagations_grows():
+    data = random_geometric_graph(3000, 16)
+    classes, peaks = int(data.y.max()) + 1, {}
+    for layers in (2, 8):
+        ours, twin = ForwardGNN(16, 32, layers, classes), BackpropagationGNN(16, 32, layers, classes)
+        with tensor_memory(ours) as peak:
+            ours.fit(data, epochs=2, patience=None)
+        with tensor_memory(twin) as twin_peak:
+            fit_backpropagation(twin, data, epochs=2, patience=None)
+        peaks[layers] = peak.total, twin_peak.total
+    assert peaks[8][0] <= 1.15 * peaks[2][0]
+    assert peaks[8][1] > 2.5 * peaks[2][1]
+
+
+# Persistence
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_state_dict_brings_the_predictions_with_it(mode, tmp_path):
+    data, model = community_graph(), network(mode)
+    fit(model, data, epochs=4)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = network(mode, seed=5)
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(other.predict_proba(data), model.predict_proba(data))
+    assert torch.equal(other.predict(data, keep_virtual=True), model.predict(data, keep_virtual=True))
