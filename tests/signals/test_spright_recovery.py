@@ -98,10 +98,10 @@ def test_equal_coefficients_never_pass_for_one(size, noise):
     for trial in range(trials):
         design = "none" if not noise else ("so", "nso")[trial % 2]
         offsets = choose_offsets(n, design, None, rng)
-        columns = np.stack([add_columns(np.zeros((0, n), dtype=np.uint8), 5, rng) for _ in range(2)])
+        columns = np.stack([add_columns(np.zeros((0, n), dtype=np.uint8), 3, rng) for _ in range(2)])
         indices = np.zeros((0, n), dtype=np.uint8)
         while len(np.unique(indices, axis=0)) < size:  # all of them in bin 0 of the first group
-            drawn = rng.integers(0, 2, (4000, n), dtype=np.uint8)
+            drawn = rng.integers(0, 2, (200, n), dtype=np.uint8)
             indices = drawn[((drawn.astype(int) @ columns[0].T) % 2 == 0).all(axis=1)][:size]
         gamma = 0.5 + 2 * math.sqrt(2 / len(offsets.points))
         limits = Limits(not noise, 1e-12, np.full(2, (1 + gamma) * noise**2), np.zeros(2), n)
@@ -128,8 +128,8 @@ def test_peeling_fails_and_succeeds_on_the_two_sides_of_density_evolution():
     rate = {}
     for ratio in (0.36, 0.46):
         k = round(256 / ratio)
-        seeds = range(24)
-        found = [sparse_wht(random_spectrum(40, k, np.random.default_rng(s)), 40, bins=256, design="none", seed=s) for s in seeds]
+        seeds = range(16)
+        found = [sparse_wht(random_spectrum(24, k, np.random.default_rng(s)), 24, bins=256, design="none", seed=s) for s in seeds]
         rate[ratio] = np.mean([each.converged for each in found])
     assert rate[0.36] < 0.5 < rate[0.46]
 
@@ -207,6 +207,19 @@ def test_an_unknown_sparsity_is_found_by_doubling_and_rounds_share_their_samples
     assert noisy.noise_std == pytest.approx(1.0, rel=0.02)
 
 
+@pytest.mark.parametrize("refine", [True, False])
+@pytest.mark.parametrize("value", [7.0, 0.1, 1e-30, 1e30])
+def test_rounding_is_not_taken_for_noise(refine, value):
+    """A constant that floats cannot say exactly, and one with a small parity: the first round is the last, at any scale."""
+    constant = sparse_wht(lambda m: np.full(len(m), value), 30, refine=refine)
+    assert constant.to_dict() == pytest.approx({"0" * 30: value})
+    assert constant.converged
+    assert constant.queries <= 3 * 4 * 85
+    both = sparse_wht(lambda m: value * (1 + 1e-3 * (1 - 2.0 * m[:, 4])), 30, refine=refine)
+    assert both.converged
+    assert both.to_dict() == pytest.approx({"0" * 30: value, "00001" + "0" * 25: 1e-3 * value}, rel=1e-9)
+
+
 def test_a_budget_is_kept():
     true = random_spectrum(20, 300, np.random.default_rng(3))
     found = sparse_wht(true, 20, max_queries=10_000)
@@ -217,7 +230,8 @@ def test_a_budget_is_kept():
 @pytest.mark.parametrize("design", ["so", "nso", "none"])
 def test_partition_hashing_and_rate_three(design):
     true = random_spectrum(24, 40, np.random.default_rng(0))
-    assert same(sparse_wht(true, 24, sparsity=40, hashing="partition", design=design), true, 1e-9)
+    for sparsity in (40, None):
+        assert same(sparse_wht(true, 24, sparsity=sparsity, hashing="partition", design=design), true, 1e-9)
     assert same(sparse_wht(true, 24, sparsity=40, rate=3, design=design), true, 1e-9)
 
 

@@ -96,9 +96,12 @@ def test_random_columns_are_independent_and_grow_by_appending(n, seed):
     assert rank(dependent) == 4
 
 
-def test_partition_columns_are_disjoint_coordinates():
-    blocks = np.vstack([partition_columns(c, 3, 10) for c in range(3)])
-    assert (blocks == np.eye(10, dtype=np.uint8)[:9]).all()
+def test_partition_columns_are_disjoint_coordinates_and_grow_by_appending():
+    blocks = np.vstack([partition_columns(c, 3, 3, 10) for c in range(3)])
+    assert (blocks.sum(axis=1) == 1).all()
+    assert len(np.unique(blocks, axis=0)) == 9
+    for c in range(3):
+        assert (partition_columns(c, 3, 2, 10) == partition_columns(c, 3, 3, 10)[:2]).all()
 
 
 def test_offsets_are_told_apart_modulo_the_span_by_brute_force():

@@ -13,6 +13,8 @@ chosen; or f is known to hold single variables and pairs of few variables alone,
   "none") or as the codeword of a convolutional code through a noisy channel ("so"), and verified on all offsets.
 - Peeling: it is subtracted in the other groups, where that uncovers the next ones.
 
+The first call after an installation compiles for some seconds; what is compiled is kept.
+
 Source: arXiv 1508.06336.
 
 >>> import numpy as np

@@ -16,6 +16,7 @@ from fewer.study import Bench
 
 bench = Bench("spright")
 K = 64
+BINS = 128  # of both sides against sparse-transform
 Call = Callable[[], Any]
 
 
@@ -65,12 +66,12 @@ def full_transform() -> tuple[Call, Call]:
 @bench.race("n = 20, K = 100, exact support", peer="sparse-transform", reach=1 / 3)
 def against_sparse_transform() -> tuple[Call, Call]:
     true = k_sparse(20, 100, np.random.default_rng(0))
-    peer = PeerSignal(true, 20, bins=256)
+    peer = PeerSignal(true, 20, bins=BINS)
     if not exact_support(peer.recover(), true):
         raise RuntimeError("sparse-transform did not find the 100 coefficients; give it more bins")
 
     def ours() -> Any:
-        return sparse_wht(true, 20, sparsity=100, design="none", progress=False)
+        return sparse_wht(true, 20, sparsity=100, bins=BINS, design="none", progress=False)
 
     if not exact_support(ours(), true):
         raise RuntimeError("the sparse transform did not find the 100 coefficients")
@@ -80,4 +81,6 @@ def against_sparse_transform() -> tuple[Call, Call]:
 @bench.quantity("queries, n = 20, K = 100, exact support", peer="sparse-transform", unit="queries")
 def queries() -> tuple[float, float]:
     true = k_sparse(20, 100, np.random.default_rng(0))
-    return sparse_wht(true, 20, sparsity=100, design="none", progress=False).queries, PeerSignal(true, 20, bins=256).recover().queries
+    return sparse_wht(true, 20, sparsity=100, bins=BINS, design="none", progress=False).queries, PeerSignal(
+        true, 20, bins=BINS
+    ).recover().queries

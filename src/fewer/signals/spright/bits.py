@@ -46,7 +46,7 @@ def unpack(words: Words, n: int) -> Bits:
     return np.unpackbits(words.astype(">u8").view(np.uint8), axis=1, count=n)
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def parity(a: np.ndarray, b: np.ndarray) -> int:  # pragma: no cover - compiled
     """<a, b> mod 2 of two packed vectors."""
     folded = a[0] & b[0]
@@ -81,7 +81,7 @@ def sum_of_parities(points: Words, indices: Words, values: np.ndarray) -> np.nda
     return out
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def find(table: np.ndarray, keys: Words, rows: Words, row: int) -> int:  # pragma: no cover - compiled
     """The slot of rows[row] in an open-addressing table of places among the keys (-1: empty): its own, or the empty one where it belongs."""
     mixed = np.uint64(0x9E3779B97F4A7C15)  # the finaliser of MurmurHash3, word by word

@@ -24,14 +24,14 @@ def add_columns(columns: Bits, b: int, rng: np.random.Generator) -> Bits:
     return columns
 
 
-def partition_columns(group: int, b: int, n: int) -> Bits:
-    """The columns e_i of the group's own block of b coordinates (the paper's choice for supports that are drawn uniformly).
+def partition_columns(group: int, groups: int, b: int, n: int) -> Bits:
+    """The columns e_i of b coordinates that are the group's alone (the paper's choice): every `groups`-th, so that more append to fewer.
 
-    >>> partition_columns(1, 2, 5)
-    array([[0, 0, 1, 0, 0],
+    >>> partition_columns(1, 2, 2, 5)
+    array([[0, 1, 0, 0, 0],
            [0, 0, 0, 1, 0]], dtype=uint8)
     """
-    return np.eye(n, dtype=np.uint8)[group * b : (group + 1) * b]
+    return np.eye(n, dtype=np.uint8)[group::groups][:b]
 
 
 def rank(rows: Bits) -> int:

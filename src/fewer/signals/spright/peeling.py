@@ -92,7 +92,7 @@ def hash_all(columns: Words, indices: Words) -> Int64[np.ndarray, "indices"]:  #
     return out
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _bin(columns: np.ndarray, index: np.ndarray) -> int:  # pragma: no cover - compiled
     j = 0
     for i in range(columns.shape[0]):
@@ -100,7 +100,7 @@ def _bin(columns: np.ndarray, index: np.ndarray) -> int:  # pragma: no cover - c
     return j  # pyright: ignore[reportReturnType]
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _vote(u: np.ndarray, votes: np.ndarray, bits: np.ndarray) -> None:  # pragma: no cover - compiled
     """Bit i from the soft vote of the pairs: sum_p U[d_p] U[d_p + e_i] < 0."""
     for i in range(bits.size):
@@ -124,7 +124,7 @@ def _decode(u: np.ndarray, votes: np.ndarray, rate: int, outputs: np.ndarray, bi
         bits[:] = other
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _best_candidate(u: np.ndarray, candidate_signs: np.ndarray, listed: np.ndarray) -> int:  # pragma: no cover - compiled
     """The candidate whose signature fits best; -1 where the bin has none."""
     best, most = -1, -1.0
@@ -137,7 +137,7 @@ def _best_candidate(u: np.ndarray, candidate_signs: np.ndarray, listed: np.ndarr
     return best
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _pack_into(bits: np.ndarray, index: np.ndarray) -> None:  # pragma: no cover - compiled
     for word in range(index.size):
         index[word] = 0
@@ -146,7 +146,7 @@ def _pack_into(bits: np.ndarray, index: np.ndarray) -> None:  # pragma: no cover
             index[i >> 6] |= np.uint64(1) << np.uint64(63 - (i & 63))
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _ones(index: np.ndarray) -> int:  # pragma: no cover - compiled
     ones = 0
     for word in index:
@@ -156,7 +156,7 @@ def _ones(index: np.ndarray) -> int:  # pragma: no cover - compiled
     return ones
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _can_be_single(u: np.ndarray, noiseless: bool, floor: float, energy_limit: float) -> int:  # pragma: no cover - compiled
     """ZERO, MULTI, or SINGLE where one coefficient may explain the bin.
 
@@ -247,7 +247,7 @@ def _peel(
     return found
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _explains(
     u: np.ndarray, value: float, sign: np.ndarray, noiseless: bool, floor: float, energy_limit: float, magnitude: float
 ) -> bool:  # pragma: no cover - compiled

@@ -124,8 +124,8 @@ def sparse_wht(
     spectrum = None
     width = width or min(FIRST_BINS, 2**n)
     while sampling.grow(width, rng, log, budget):
-        spectrum = _recover(plan, n, sampling, log, sparsity, refine, device)
-        if fixed or width == 2**n or is_done(spectrum, plan):
+        spectrum, explained = _recover(plan, n, sampling, log, sparsity, refine, device)
+        if fixed or width == 2**n or (spectrum.converged and explained):
             break
         width *= 2
     if spectrum is None:
@@ -162,7 +162,7 @@ class Sampling:
         if self.plan.hashing == "partition":
             if self.plan.groups * b > self.n:
                 return False
-            columns = [partition_columns(c, b, self.n) for c in range(self.plan.groups)]
+            columns = [partition_columns(c, self.plan.groups, b, self.n) for c in range(self.plan.groups)]
         else:
             columns = [add_columns(each, b, rng) for each in old]
         points = np.stack([span(pack(each)) for each in columns])[:, :, None] ^ self.offsets.words
@@ -181,8 +181,8 @@ class Sampling:
 
 def _recover(
     plan: Plan, n: int, sampling: Sampling, log: QueryLog, sparsity: int | None, refine: bool, device: str | None
-) -> SparseSpectrum:
-    """Transform the samples, peel the bins, and fit what was found."""
+) -> tuple[SparseSpectrum, bool]:
+    """Transform the samples, peel the bins, fit what was found; and whether noise that had to be estimated is too little to go on for."""
     assert sampling.values is not None
     bins = bins_of(sampling.values, device)
     _, width, offsets = bins.shape
@@ -200,19 +200,21 @@ def _recover(
         kept = found.values != 0
         indices, values = found.indices[kept], found.values[kept]
         stderr = np.full(len(values), math.sqrt(variance / offsets))
-    spectrum_energy = (values[indices.any(axis=1)] ** 2).sum()
-    noise_energy = variance * width
-    trusted = plan.design == "none" or plan.noise_std is not None or noise_energy <= max(spectrum_energy, VARIANCE_FLOOR * (energies.max()))
+    noise = variance * width
+    rounding = VARIANCE_FLOOR * float(energies.max()) * width
+    carried = float((values[indices.any(axis=1)] ** 2).sum())  # by the spectrum, the constant aside
+    given = plan.design == "none" or plan.noise_std is not None
     order = np.argsort(-np.abs(values), kind="stable")
-    return SparseSpectrum(
+    spectrum = SparseSpectrum(
         unpack(indices, n)[order],
         values[order],
         stderr[order],
         queries=log.queries,
         residual_bins=int((~settled).sum()),
-        converged=bool(settled.all() and trusted),
-        noise_std=math.sqrt(noise_energy),
+        converged=bool(settled.all() and (given or noise <= max(carried, rounding))),
+        noise_std=math.sqrt(noise),
     )
+    return spectrum, given or noise <= max(NEGLIGIBLE_NOISE * carried, rounding)
 
 
 def bin_variance(plan: Plan, n: int, energies: Float64[np.ndarray, "groups bins"], sparsity: int | None) -> float:
@@ -242,13 +244,6 @@ def limits_of(plan: Plan, n: int, sampling: Sampling, variance: float, rounding:
     gamma = 0.5 + 2 * np.sqrt(2 / effective)
     luckiest = np.sqrt(variance * 2 * n * math.log(2) / effective)
     return Limits(False, 0.0, (1 + gamma) * variance, np.maximum(luckiest, plan.min_magnitude), degree)
-
-
-def is_done(spectrum: SparseSpectrum, plan: Plan) -> bool:
-    """Whether a round with estimated sparsity was the last one needed."""
-    if not spectrum.converged or plan.noise_std is not None or plan.design == "none":
-        return spectrum.converged
-    return spectrum.noise_std**2 <= NEGLIGIBLE_NOISE * float((spectrum.values[spectrum.order() > 0] ** 2).sum()) or not spectrum.noise_std
 
 
 def check_arguments(plan: Plan, n: int, sparsity: int | None, bins: int | None, max_queries: int | None, batch_size: int) -> None:

@@ -21,7 +21,6 @@ class SparseWalshRegressor(RegressorMixin, BaseEstimator):
     Args:
         sparsity, noise_std, design, groups, bins, max_queries, max_degree, refine: as in `sparse_wht`.
         random_state: seed of the queries.
-        executor: where the model is called, as in `sparse_wht`.
         progress: show a bar on a terminal.
 
     Attributes:
@@ -46,19 +45,19 @@ class SparseWalshRegressor(RegressorMixin, BaseEstimator):
         max_degree: int | None = None,
         refine: bool = True,
         random_state: int = 0,
-        executor: Executor | None = None,
         progress: bool = False,
     ) -> None:
         self.sparsity, self.noise_std, self.design, self.groups, self.bins = sparsity, noise_std, design, groups, bins
         self.max_queries, self.max_degree, self.refine = max_queries, max_degree, refine
-        self.random_state, self.executor, self.progress = random_state, executor, progress
+        self.random_state, self.progress = random_state, progress
 
-    def fit(self, model_predict: Callable[[np.ndarray], Any], n_features: int) -> Self:
+    def fit(self, model_predict: Callable[[np.ndarray], Any], n_features: int, *, executor: Executor | None = None) -> Self:
         """Ask the model where `sparse_wht` chooses.
 
         Args:
             model_predict: takes zeros and ones [q, n_features] uint8, returns q numbers.
             n_features: features of the model.
+            executor: where the model is called, as in `sparse_wht`.
 
         Raises:
             TypeError: `model_predict` cannot be called.
@@ -67,7 +66,7 @@ class SparseWalshRegressor(RegressorMixin, BaseEstimator):
         if not callable(model_predict):
             raise TypeError(f"model_predict is {type(model_predict).__name__}; expected a function of rows of bits, such as model.predict")
         given = self.get_params(deep=False)
-        self.spectrum_: SparseSpectrum = sparse_wht(model_predict, n_features, seed=given.pop("random_state"), **given)
+        self.spectrum_: SparseSpectrum = sparse_wht(model_predict, n_features, seed=given.pop("random_state"), executor=executor, **given)
         self.n_features_in_ = n_features
         return self
 

@@ -37,6 +37,7 @@ VARIABLES, SPARSITY, BINS = 20, 32, 64  # of the functions over noise
 LENGTHS = (14, 16, 18, 20, 22, 24, 26)  # log2 N of the arrays
 ARRAY_SPARSITY = 64
 COUNTED = (12, 16, 20, 24, 28, 32, 36, 40)  # variables over which queries are counted
+COUNTED_SPARSITY = 4  # small enough that even 2^12 points are not all asked
 BUDGETS = (2_000, 8_000, 32_000)
 REPEATS = 3  # of a timed transform, the median counts
 
@@ -60,7 +61,7 @@ study = Study(
     charts=[
         Curve("success", over="decibels", title="Exact recovery over noise (n = 20, K = 32)"),
         Curve("seconds", over="n", log=True, title="Time on an array of 2^n (K = 64)"),
-        Curve("queries", over="variables", log=True, title="Queries over the number of variables (K = 32)"),
+        Curve("queries", over="variables", log=True, title="Queries over the number of variables (K = 4)"),
     ],
     time_limit=3600,
 )
@@ -122,7 +123,7 @@ def over_lengths(trial: Trial, transform: Callable[[np.ndarray, int], int]) -> N
 def over_variables(trial: Trial, design: Any) -> None:
     """Queries for the same sparsity as the variables grow."""
     for n in COUNTED:
-        found = sparse_wht(lambda m: np.ones(len(m)), n, sparsity=SPARSITY, design=design, seed=trial.seed)
+        found = sparse_wht(lambda m: np.ones(len(m)), n, sparsity=COUNTED_SPARSITY, design=design, seed=trial.seed)
         trial.log("queries", found.queries, variables=n)
 
 
@@ -255,7 +256,6 @@ def sublinear_time(results: Results) -> Any:
 
 @study.claim(
     "at 8,000 queries of boosted trees of depth 3, R^2 is at least that of LASSO on pairs",
-    if_fails="the trees' energy lies in more coefficients than 8,000 queries have bins for",
 )
 def boosted_trees(results: Results) -> Any:
     return results.difference("r_squared", "spright-degree", "lasso", model="boosted trees", budget=8_000) >= 0
@@ -263,8 +263,8 @@ def boosted_trees(results: Results) -> Any:
 
 @study.claim(
     "at 8,000 queries of a random forest, R^2 is at least that of LASSO on pairs",
-    if_fails="the forest is not sparse: its trees are as deep as the data let them be, and what lies outside the largest coefficients is noise "
-    "in the bins, under which the smaller ones are not told apart; LASSO fits all 465 pairs and single variables",
+    if_fails="the forest is not sparse: the 50 or so coefficients found explain as much as any 50 do (82 %), and the rest lies in hundreds, "
+    "each smaller than what all the others together leave in a bin; LASSO fits all 465 single variables and pairs at once",
 )
 def random_forest(results: Results) -> Any:
     return results.difference("r_squared", "spright-degree", "lasso", model="random forest", budget=8_000) >= 0

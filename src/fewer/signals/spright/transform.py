@@ -88,7 +88,7 @@ def _short(x: np.ndarray, start: int, size: int) -> None:  # pragma: no cover - 
         stride *= 4
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True)
 def _pair_of_stages(x: np.ndarray, start: int, size: int, stride: int) -> None:  # pragma: no cover - compiled
     """The stages of strides h and 2h together."""
     for block in range(start, start + size, 4 * stride):
