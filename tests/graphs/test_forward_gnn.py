@@ -256,7 +256,7 @@ def test_predictions_do_not_depend_on_the_order_of_the_nodes(mode):
 def test_isolated_nodes_get_finite_predictions_and_the_communities_are_learnt(mode):
     data, model = community_graph(), network(mode)
     assert not (data.edge_index == 0).any()
-    history = fit(model, data, epochs=150)
+    history = fit(model, data, epochs=150, lr=3e-2 if mode == "ff_virtual" else 1e-2)
     probabilities = model.predict_proba(data)
     assert probabilities.isfinite().all()
     torch.testing.assert_close(probabilities.sum(1), torch.ones(data.num_nodes))
@@ -451,18 +451,20 @@ def test_the_first_layers_of_a_trained_network_are_what_a_shallower_fit_gives():
 # Memory
 
 
-def test_memory_stays_flat_over_layers_where_backpropagations_grows():
-    data = random_geometric_graph(3000, 16)
+@pytest.mark.parametrize("conv", ["gcn", "sage", "gat"])
+def test_memory_stays_flat_over_layers_where_backpropagations_grows(conv):
+    data = random_geometric_graph(3000, 8)
     classes, peaks = int(data.y.max()) + 1, {}
     for layers in (2, 8):
-        ours, twin = ForwardGNN(16, 32, layers, classes), BackpropagationGNN(16, 32, layers, classes)
+        ours, twin = ForwardGNN(8, 64, layers, classes, conv), BackpropagationGNN(8, 64, layers, classes, conv)
         with tensor_memory(ours) as peak:
             ours.fit(data, epochs=2, patience=None)
         with tensor_memory(twin) as twin_peak:
             fit_backpropagation(twin, data, epochs=2, patience=None)
         peaks[layers] = peak.total, twin_peak.total
     assert peaks[8][0] <= 1.15 * peaks[2][0]
-    assert peaks[8][1] > 2.5 * peaks[2][1]
+    # GCN and SAGE keep one matrix a layer for the gradient beside two to three that come and go; GAT keeps its messages too
+    assert peaks[8][1] > {"gcn": 2.2, "sage": 1.9, "gat": 2.5}[conv] * peaks[2][1]
 
 
 # Persistence

@@ -19,8 +19,12 @@ from fewer.graphs.forward_gnn.link_problem import area_under_curve, prepare_link
 
 @pytest.fixture(scope="module")
 def split():
+    """Three communities that features tell apart and no edge joins."""
+    data = community_graph()
+    data.x = data.x + 2 * F.one_hot(data.y, 12)
+    data.edge_index = data.edge_index[:, data.y[data.edge_index[0]] == data.y[data.edge_index[1]]]
     torch.manual_seed(0)
-    return RandomLinkSplit(num_val=0.1, num_test=0.2, is_undirected=True, add_negative_train_samples=False)(community_graph())
+    return RandomLinkSplit(num_val=0.1, num_test=0.2, is_undirected=True, add_negative_train_samples=False)(data)
 
 
 def predictor(seed=0, **settings) -> ForwardLinkPredictor:

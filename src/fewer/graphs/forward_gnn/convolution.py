@@ -93,7 +93,8 @@ class GraphLayer(nn.Module):
         if self.kind is None:
             return torch.relu(self.conv(torch.cat(list(projected), dim=1), graph.edge_index))
         total = functools.reduce(torch.add, projected)
-        return torch.relu(self._propagate(getattr(graph, self.kind), total))
+        h = sparse_product(getattr(graph, self.kind), total[:, : self.out_channels]).add_(self._bias())  # in place: nothing else reads it
+        return torch.relu_(h if self.kind == "gcn" else h.add_(total[:, self.out_channels :]))
 
     def forward(self, parts: Sequence[Matrix], graph: Graph) -> Float[Tensor, "nodes width"]:
         return self.combine([self.project(part, x) for part, x in enumerate(parts)], graph)
@@ -114,8 +115,8 @@ class GraphLayer(nn.Module):
         def outputs() -> Tensor:
             weights = self._weights()
             neighbours, bias = weights[: self.out_channels], self._bias()
-            h = sparse_product(propagation, product(x, neighbours)) + bias if kept is None else F.linear(kept, neighbours, bias)
-            return torch.relu(h if own is None else h + product(own, weights[self.out_channels :]))
+            h = F.linear(kept, neighbours, bias) if kept is not None else sparse_product(propagation, product(x, neighbours)).add_(bias)
+            return torch.relu_(h if own is None else h.add_(product(own, weights[self.out_channels :])))
 
         return outputs
 
@@ -127,10 +128,6 @@ class GraphLayer(nn.Module):
 
     def _bias(self) -> Tensor:
         return self.conv.bias if self.kind == "gcn" else self.conv.lin_l.bias
-
-    def _propagate(self, propagation: SparseMatrix, projected: Tensor) -> Tensor:
-        h = sparse_product(propagation, projected[:, : self.out_channels]) + self._bias()
-        return h if self.kind == "gcn" else h + projected[:, self.out_channels :]
 
 
 def make_convolution(conv: Convolution | str, in_channels: int, out_channels: int) -> Any:

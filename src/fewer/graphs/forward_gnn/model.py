@@ -15,7 +15,7 @@ from fewer.graphs.forward_gnn.checks import check_choice, check_positive, check_
 from fewer.graphs.forward_gnn.class_nodes import DIRECTIONS, Direction, Unlabelled
 from fewer.graphs.forward_gnn.convolution import Convolution, GraphLayer
 from fewer.graphs.forward_gnn.losses import THETA, class_logits
-from fewer.graphs.forward_gnn.node_problem import NodeProblem, prepare
+from fewer.graphs.forward_gnn.node_problem import Embedding, NodeProblem, prepare
 from fewer.graphs.forward_gnn.training import Callback, History, Schedule
 
 Mode = Literal["single", "top_to_input", "top_to_loss", "ff_labels", "ff_virtual"]
@@ -214,7 +214,11 @@ class ForwardGNN(nn.Module):
     def embed(self, data: Any) -> list[Float[Tensor, "nodes width"]]:
         """What each layer's classes are read from, at the graph's own nodes: its output (in "top_to_loss" its mean with those above)."""
         problem = self.prepare(data)
-        found = list(self._algorithm.embeddings(self, problem))[-1] if self.has_class_embeddings else forward_forward.outputs(self, problem)
+        if self.has_class_embeddings:
+            last = {each.layer: each.h for each in self._algorithm.embeddings(self, problem)}
+            found = [last[number] for number in sorted(last)]
+        else:
+            found = forward_forward.outputs(self, problem)
         return [h[: problem.real] for h in found]
 
     def local_losses(self, data: Any, generator: torch.Generator | None = None) -> list[Float[Tensor, ""]]:
@@ -231,13 +235,12 @@ class ForwardGNN(nn.Module):
         more = {} if self.has_class_embeddings else {"generator": generator}
         return list(self._algorithm.local_losses(self, problem, **more))
 
-    def summed_probabilities(self, embeddings: Iterable[list[Tensor]], problem: NodeProblem) -> Float[Tensor, "nodes C"]:
+    def summed_probabilities(self, embeddings: Iterable[Embedding], problem: NodeProblem) -> Float[Tensor, "nodes C"]:
         """Class probabilities of the real nodes, summed over layers and time steps."""
         total = problem.x.new_zeros(problem.real, self.num_classes)
-        for step, outputs in enumerate(embeddings):
-            for number, h in enumerate(outputs, start=1):
-                virtual = self._kept(number)[step] if problem.classes_kept else h[problem.real :]
-                total += class_logits(h[: problem.real], virtual, self.temperature).softmax(dim=1)
+        for step, number, h in embeddings:
+            virtual = self._kept(number)[step] if problem.classes_kept else h[problem.real :]
+            total += class_logits(h[: problem.real], virtual, self.temperature).softmax(dim=1)
         return total
 
     @torch.no_grad()
@@ -271,9 +274,8 @@ class ForwardGNN(nn.Module):
 
     @torch.no_grad()
     def _keep_class_embeddings(self, problem: NodeProblem) -> None:
-        for step, outputs in enumerate(self._algorithm.embeddings(self, problem)):
-            for number, h in enumerate(outputs, start=1):
-                self._kept(number)[step] = h[problem.real :]
+        for step, number, h in self._algorithm.embeddings(self, problem):
+            self._kept(number)[step] = h[problem.real :]
 
 
 def layer_widths(hidden_channels: int | Sequence[int], num_layers: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,14 @@ from torch import Tensor
 from fewer.graphs.forward_gnn.checks import check_graph, check_labels, check_labels_cover_classes, check_nodes, mask_rows
 from fewer.graphs.forward_gnn.class_nodes import AddClassNodes, Direction, Unlabelled, label_features
 from fewer.graphs.forward_gnn.convolution import Graph
+
+
+class Embedding(NamedTuple):
+    """What classes are read from: a layer's output at a time step that counts, class nodes included."""
+
+    step: int  # from 0
+    layer: int  # from 1
+    h: Float[Tensor, "nodes width"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewer.graphs.forward_gnn.losses import accuracy
-from fewer.graphs.forward_gnn.node_problem import NodeProblem
+from fewer.graphs.forward_gnn.node_problem import Embedding, NodeProblem
 from fewer.graphs.forward_gnn.training import History, Schedule, train
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def train_network(
     model: ForwardGNN,
     problem: NodeProblem,
     step: Callable[[], float],
-    embeddings: Callable[[], Iterator[list[Tensor]]],
+    embeddings: Callable[[], Iterator[Embedding]],
     schedule: Schedule,
     history: History,
 ) -> None:

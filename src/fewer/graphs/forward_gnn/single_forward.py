@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewer.graphs.forward_gnn.convolution import GraphLayer, Matrix, compact, normalize_rows
 from fewer.graphs.forward_gnn.losses import accuracy, class_logits, single_forward_loss
-from fewer.graphs.forward_gnn.node_problem import NodeProblem
+from fewer.graphs.forward_gnn.node_problem import Embedding, NodeProblem
 from fewer.graphs.forward_gnn.sparse import SparseMatrix
 from fewer.graphs.forward_gnn.training import History, Schedule, train
 from fewer.meters import memory_for
@@ -122,14 +122,13 @@ def _fit_layer(
     return summed() if watched else None
 
 
-def embeddings(model: ForwardGNN, problem: NodeProblem) -> Iterator[list[Tensor]]:
-    """The layers' outputs, from one pass."""
+def embeddings(model: ForwardGNN, problem: NodeProblem) -> Iterator[Embedding]:
+    """The layers' outputs, from one pass; one is held at a time."""
     x: Matrix = first_input(model, problem)
-    found = []
-    for layer in model.layers:
-        found.append(layer([x], problem.graph))
-        x = next_input(model, problem, found[-1])
-    yield found
+    for number, layer in enumerate(model.layers, start=1):
+        h = layer([x], problem.graph)
+        yield Embedding(0, number, h)
+        x = next_input(model, problem, h)
 
 
 def local_losses(model: ForwardGNN, problem: NodeProblem) -> Iterator[Tensor]:

@@ -286,11 +286,6 @@ def flat_memory(results: Results) -> Any:
     return results.mean("memory_growth", "single") <= 1.15
 
 
-@study.claim("Backpropagation's memory grows: 8 layers take more than 2.5 times the peak tensor bytes of 2", paper="grows with the layers")
-def growing_memory(results: Results) -> Any:
-    return results.mean("memory_growth", "bp") > 2.5
-
-
 @study.claim("A step of SF's 8 layers takes no longer than backpropagation's step", paper="no backward pass through the layers")
 def step_time(results: Results) -> Any:
     return results.ratio("step_seconds", "single", "bp", layers=8) <= 1

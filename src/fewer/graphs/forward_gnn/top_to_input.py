@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewer.graphs.forward_gnn.convolution import GraphLayer, normalize_rows
 from fewer.graphs.forward_gnn.losses import single_forward_loss
-from fewer.graphs.forward_gnn.node_problem import NodeProblem
+from fewer.graphs.forward_gnn.node_problem import Embedding, NodeProblem
 from fewer.graphs.forward_gnn.side_by_side import layer_optimizers, train_network, update
 from fewer.graphs.forward_gnn.single_forward import first_input
 from fewer.graphs.forward_gnn.single_forward import input_widths as widths_below
@@ -100,7 +100,7 @@ class TopToInput:
         return time_step(list(self.model.layers), self.run, states, self.above_last, alternating, visit)
 
     @torch.no_grad()
-    def embeddings(self) -> Iterator[list[Tensor]]:
+    def embeddings(self) -> Iterator[Embedding]:
         """The layers' outputs at every time step that counts, from the bottom-up start, without a change of the weights."""
         config = self.model.config
         self.bottom = self.model.layers[0].project(0, self.features)
@@ -114,11 +114,12 @@ class TopToInput:
 
             states = self.move(states, keep)
             if step >= config.first_counted_step:
-                yield outputs
+                for number, h in enumerate(outputs, start=1):
+                    yield Embedding(step - config.first_counted_step, number, h)
         self.bottom = None
 
 
-def embeddings(model: ForwardGNN, problem: NodeProblem) -> Iterator[list[Tensor]]:
+def embeddings(model: ForwardGNN, problem: NodeProblem) -> Iterator[Embedding]:
     yield from TopToInput(model, problem).embeddings()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewer.graphs.forward_gnn.convolution import compact, normalize_rows
 from fewer.graphs.forward_gnn.losses import single_forward_loss
-from fewer.graphs.forward_gnn.node_problem import NodeProblem
+from fewer.graphs.forward_gnn.node_problem import Embedding, NodeProblem
 from fewer.graphs.forward_gnn.side_by_side import layer_optimizers, train_network, update
 from fewer.graphs.forward_gnn.training import History, Schedule
 
@@ -56,10 +56,11 @@ class TopToLoss:
             states.append(normalize_rows(outputs[-1]))
         return outputs, states
 
-    def embeddings(self) -> Iterator[list[Tensor]]:
+    def embeddings(self) -> Iterator[Embedding]:
         """e_1, ..., e_L of one pass."""
         outputs, states = self.bottom_up()
-        yield [mean_with_above(h, states[i + 1 :]) for i, h in enumerate(outputs)]
+        for i, h in enumerate(outputs):
+            yield Embedding(0, i + 1, mean_with_above(h, states[i + 1 :]))
 
     def loss(self, i: int, states: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Layer i's own loss, and its output, given the states of the time step before."""
@@ -68,7 +69,7 @@ class TopToLoss:
         return single_forward_loss(e[problem.train], e[problem.virtual], problem.y, self.model.temperature), h
 
 
-def embeddings(model: ForwardGNN, problem: NodeProblem) -> Iterator[list[Tensor]]:
+def embeddings(model: ForwardGNN, problem: NodeProblem) -> Iterator[Embedding]:
     yield from TopToLoss(model, problem).embeddings()
 
 
