@@ -1,4 +1,9 @@
-"""Language models: fewer parameters, bytes and seconds."""
+"""Language models: fewer parameters, bytes and seconds.
+
+>>> from fewer import language
+>>> language.allocate([0.1, 0.3], ratio=0.5, intermediate_size=64, multiple_of=16)
+[16, 48]
+"""
 
 import lazy_loader
 

@@ -1,1 +1,6 @@
-__all__: list[str] = []
+from . import cfsp
+from .cfsp import CfspStats, PruneReport, allocate, calibrate, channel_importance, lora_ranks, prune, recover, save_pruned
+
+__all__ = [
+    "CfspStats", "PruneReport", "allocate", "calibrate", "cfsp", "channel_importance", "lora_ranks", "prune", "recover", "save_pruned",
+]  # fmt: skip

@@ -79,14 +79,7 @@ def text_corpus(files: Sequence[Path | str]) -> Corpus:
     Raises:
         UserError: a file is not there or is not UTF-8, or nothing is left for one of the parts.
     """
-    named = []
-    for file in sorted(map(Path, files)):
-        try:
-            named.append((file.name, file.read_text("utf8")))
-        except OSError as error:
-            raise UserError(f"--text {file}: cannot be read ({error.strerror}); name a text file") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--text {file}: is not UTF-8 (byte {error.start}); convert it first") from error
+    named = read_texts(files)
     if len(named) == 1:
         name, text = named[0]
         cut = len(text) - len(text) // 20
@@ -97,6 +90,19 @@ def text_corpus(files: Sequence[Path | str]) -> Corpus:
         if not any(text for _, text in documents):
             raise UserError(f"--text: nothing is left for {part} of {corpus.origin}; name more files, or a single longer one")
     return corpus
+
+
+def read_texts(files: Sequence[Path | str]) -> list[tuple[str, str]]:
+    """(name, text) of UTF-8 files; UserError where one cannot be read."""
+    named = []
+    for file in sorted(map(Path, files)):
+        try:
+            named.append((file.name, file.read_text("utf8")))
+        except OSError as error:
+            raise UserError(f"--text {file}: cannot be read ({error.strerror}); name a text file") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--text {file}: is not UTF-8 (byte {error.start}); convert it first") from error
+    return named
 
 
 def _left_out(file: Path) -> bool:

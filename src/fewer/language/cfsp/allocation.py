@@ -1,0 +1,111 @@
+"""The coarse step: how many channels each block keeps, from how much it does (section 3.2 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64
+from torch import Tensor
+
+# The released code sums distances over 128 x 1024 tokens and divides the centred sums by 10,000; of means it is this factor.
+KAPPA = 128 * 1024 / 1e4
+MARGIN = 1.05  # how far below 1 the largest share is brought
+
+
+def block_scores(block_importance: Sequence[float] | Tensor, a: float = 1.0) -> Float64[np.ndarray, "L"]:
+    """S_l = sigmoid(a kappa (I_l - mean I))."""
+    importance = np.asarray(block_importance, dtype=np.float64)
+    return 1 / (1 + np.exp(-a * KAPPA * (importance - importance.mean())))
+
+
+def keep_shares(scores: Float64[np.ndarray, "L"], ratio: float) -> Float64[np.ndarray, "L"]:
+    """keep_l = (1 - p) S_l / mean S; where one would reach 1, deviations from the mean are shrunk until all are below it."""
+    mean = scores.mean()
+    shares = (1 - ratio) * scores / mean
+    if shares.max() >= 1 and scores.max() > mean:
+        shrink = mean * (1 / (1 - ratio) - 1) / (scores.max() - mean) / MARGIN
+        shares = (1 - ratio) * (mean + (scores - mean) * shrink) / mean
+    return shares
+
+
+def allocate(
+    block_importance: Sequence[float] | Tensor,
+    ratio: float,
+    intermediate_size: int,
+    a: float = 1.0,
+    multiple_of: int = 128,
+    exact_budget: bool = True,
+) -> list[int]:
+    """How many channels each block keeps.
+
+    Args:
+        block_importance: [L], the more the more is kept; only differences count.
+        ratio: p, the share of all channels that is removed, in [0, 1).
+        intermediate_size: I, the channels of a dense block.
+        a: how strongly importance is followed; 0 keeps the same everywhere.
+        multiple_of: M, widths are multiples of it (128 suits GPUs).
+        exact_budget: move single blocks of M, largest rounding error first, until the sum is within M of L I (1 - p).
+
+    Raises:
+        ValueError: the ratio is outside [0, 1), M outside 1..I, fewer than two blocks, or a block would keep nothing.
+
+    Examples:
+        >>> allocate([0.1, 0.1, 0.2, 0.4], 0.5, 512, multiple_of=32)
+        [128, 128, 256, 512]
+    """
+    check_ratio(ratio)
+    if not 1 <= multiple_of <= intermediate_size:
+        raise ValueError(f"multiple_of is {multiple_of}; expected 1 to {intermediate_size}, the channels of a block")
+    if len(block_importance) < 2:
+        raise ValueError(f"{len(block_importance)} block; the coarse step shares out between at least two: prune with global_metric='none'")
+    if ratio == 0:
+        return [intermediate_size] * len(block_importance)
+    wanted = intermediate_size * keep_shares(block_scores(block_importance, a), ratio)
+    widths = (np.floor(wanted / multiple_of + 0.5) * multiple_of).astype(int)
+    if widths.min() < multiple_of:
+        layer, most = int(widths.argmin()), _highest_ratio(block_importance, a, intermediate_size, multiple_of)
+        raise ValueError(
+            f"at ratio {ratio:g} layer {layer} would keep no channels (multiples of {multiple_of}); use a ratio of at most {most:.2f}, or a smaller multiple_of"
+        )
+    widths = np.minimum(widths, intermediate_size)
+    return (to_budget(widths, wanted, multiple_of, intermediate_size) if exact_budget else widths).tolist()
+
+
+def to_budget(widths: np.ndarray, wanted: np.ndarray, multiple_of: int, largest: int) -> np.ndarray:
+    """Add or take single blocks of M where rounding erred most, until the sum is within M of what is wanted."""
+    widths = widths.copy()
+    while abs(owed := wanted.sum() - widths.sum()) >= multiple_of:
+        sign = 1 if owed > 0 else -1
+        moved = widths + sign * multiple_of
+        possible = (moved >= multiple_of) & (moved <= largest)
+        if not possible.any():
+            break
+        error = np.where(possible, sign * (wanted - widths), -np.inf)
+        widths[int(error.argmax())] += sign * multiple_of
+    return widths
+
+
+def uniform_widths(layers: int, ratio: float, intermediate_size: int, multiple_of: int = 128) -> list[int]:
+    """The same number of channels in every block, rounded to a multiple."""
+    check_ratio(ratio)
+    width = int(np.floor(intermediate_size * (1 - ratio) / multiple_of + 0.5)) * multiple_of
+    if width < multiple_of:
+        raise ValueError(
+            f"at ratio {ratio:g} layer 0 would keep no channels (multiples of {multiple_of}); use a ratio of at most {1 - multiple_of / intermediate_size:.2f}"
+        )
+    return [min(width, intermediate_size)] * layers
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio is {ratio}; expected at least 0 and below 1: the share of feed-forward channels to remove")
+
+
+def _highest_ratio(block_importance: Sequence[float] | Tensor, a: float, intermediate_size: int, multiple_of: int) -> float:
+    """The highest ratio, in hundredths, at which every block keeps something."""
+    scores = block_scores(block_importance, a)
+    for hundredths in range(99, 0, -1):
+        if (intermediate_size * keep_shares(scores, hundredths / 100)).min() >= multiple_of / 2:
+            return hundredths / 100
+    return 0.0

@@ -1,0 +1,258 @@
+"""What CFSP leaves on disk, how it recovers, and its command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+
+from fewer.language.cfsp import calibrate, lora_ranks, prune, recover, save_pruned
+from fewer.language.cfsp.gated_mlp import decoder_layers, width_of
+from fewer.language.cfsp.recovery import add_adapters, merge_adapters, peft_config
+from fewer.tasks import fetch_small_lm, micro_lm
+
+IDS = torch.randint(1, 2048, (4, 48), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def pruned():
+    model = micro_lm()
+    report = prune(model, calibrate(model, [IDS]), 0.5, multiple_of=16)
+    assert len(set(report.widths)) > 1
+    return model, report
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def greedy(model):
+    return model.generate(IDS[:1, :8], max_new_tokens=12, do_sample=False, pad_token_id=0).tolist()
+
+
+def test_a_directory_of_own_widths_is_loaded_with_this_library(pruned, tmp_path):
+    model, report = pruned
+    folder = save_pruned(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert [width_of(layer) for layer in decoder_layers(loaded)] == report.widths == loaded.config.intermediate_size
+    assert torch.equal(logits(loaded), logits(model))
+    assert greedy(loaded) == greedy(model)
+    assert sum(p.numel() for p in loaded.parameters()) == report.parameters
+    stored = (folder / "model.safetensors").stat().st_size
+    assert 4 * report.parameters < stored < 4 * report.parameters + 10_000
+    again = save_pruned(loaded, tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(model))
+
+
+def test_a_directory_of_own_widths_is_loaded_without_this_library(pruned, tmp_path):
+    model, report = pruned
+    save_pruned(model, tmp_path / "out")
+    code = f"""
+import sys, json
+sys.modules["fewer"] = None
+from transformers import AutoModelForCausalLM
+import torch
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True)
+tokens = model.generate(torch.tensor({IDS[:1, :8].tolist()}), max_new_tokens=12, do_sample=False, pad_token_id=0).tolist()
+print(json.dumps([[layer.mlp.down_proj.in_features for layer in model.model.layers], tokens]))
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [report.widths, greedy(model)]
+
+
+def test_a_padded_directory_is_a_plain_llama_with_the_same_logits(pruned, tmp_path):
+    model, report = pruned
+    folder = save_pruned(model, tmp_path / "out", export="padded")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["intermediate_size"]) == ("llama", max(report.widths))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is LlamaForCausalLM
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
+
+
+def test_equal_widths_make_a_plain_llama(tmp_path):
+    model = micro_lm()
+    prune(model, calibrate(model, [IDS]), 0.5, global_metric="none", multiple_of=16)
+    folder = save_pruned(model, tmp_path / "out")
+    assert not (folder / "modeling_fewer.py").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is LlamaForCausalLM
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_transformers_trainer_trains_a_pruned_model(pruned, tmp_path):
+    save_pruned(pruned[0], tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    words = TrainingArguments(
+        str(tmp_path / "trained"),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=words, train_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+    trainer.save_model(str(tmp_path / "trained"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained").config.intermediate_size == pruned[1].widths
+
+
+def test_a_directory_with_something_in_it_is_left_alone(pruned, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty; expected a new directory"):
+        save_pruned(pruned[0], out)
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+    save_pruned(pruned[0], out, overwrite=True)
+    assert not (out / "thesis.txt").exists()
+
+
+def test_a_failed_write_leaves_nothing_behind(pruned, tmp_path, monkeypatch):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        save_pruned(pruned[0], tmp_path / "out", Broken())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ig", ["importance", "inverse", "uniform"])
+@pytest.mark.parametrize("r_mean", [1, 3, 8])
+def test_ranks_share_out_the_whole_budget(ig, r_mean):
+    scores = np.random.default_rng(r_mean).uniform(0.01, 1, size=9)
+    ranks = lora_ranks(scores, r_mean, ig)
+    assert sum(ranks) == 9 * r_mean
+    assert min(ranks) >= 1
+    order = np.argsort(scores)
+    steps = np.diff(np.array(ranks)[order])
+    assert (steps >= 0).all() if ig == "importance" else (steps <= 0).all()
+
+
+def test_the_merged_model_is_the_one_with_adapters(pruned):
+    model, report = pruned
+    adapters = add_adapters(model, lora_ranks(report.scores, 4))
+    assert len(adapters) == 7 * 4
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == sum(a.a.numel() + a.b.numel() for a in adapters)
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.b, std=0.05)
+    with_adapters = logits(model.eval())
+    merge_adapters(model)
+    assert torch.allclose(logits(model), with_adapters, atol=1e-5)
+    assert not any("base" in name for name, _ in model.named_parameters())
+
+
+def test_recovery_lowers_the_loss_and_changes_no_shape(pruned):
+    model, report = pruned
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    text = torch.arange(400) % 37 + 1
+    losses = recover(model, text, 30, scores=report.scores, lr=5e-3, batch=4, window=32)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert not model.training
+    again, report = micro_lm(), report
+    prune(again, calibrate(again, [IDS]), 0.5, multiple_of=16)
+    assert recover(again, text, 30, scores=report.scores, lr=5e-3, batch=4, window=32) == losses
+
+
+def test_pefts_config_gives_the_same_ranks(pruned):
+    import peft
+
+    model, report = pruned
+    wrapped = peft.get_peft_model(model, peft_config(report.scores))
+    found = [wrapped.get_submodule(f"base_model.model.model.layers.{number}.mlp.down_proj") for number in range(4)]
+    ranks = lora_ranks(report.scores)
+    assert [each.r["default"] for each in found] == ranks
+    assert [each.scaling["default"] for each in found] == [2.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"window": 999}, "400 tokens; expected at least 999"),
+        ({"ig": "none"}, "ig 'none'"),
+        ({"r_mean": 0}, "r_mean is 0"),
+    ],
+)
+def test_recovery_refuses_what_cannot_be(pruned, words, message):
+    model, report = pruned
+    with pytest.raises(ValueError, match=message):
+        recover(model, torch.arange(400), **{"steps": 1, "scores": report.scores} | words)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [str(folder / name) for name in ("argparse.py", "ast.py", "typing.py", "calendar.py", "functools.py", "inspect.py")]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, texts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return fetch_small_lm("family-micro", text=texts)
+
+
+def test_the_verb_prunes_a_directory(fewer, tmp_path, directory, texts):
+    words = ["--ratio", "0.5", "--multiple-of", "16", "--windows", "4", "--window", "64", "--recover-steps", "2", "--recover-batch", "1"]
+    said = fewer("prune", str(directory), "out", *words, "--text", texts[0], "--text", texts[1]).stdout
+    assert "256 of 512 channels" in said
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(width_of(layer) for layer in decoder_layers(model)) == 256
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    refused = fewer("prune", str(directory), "out", *words, "--text", texts[0], status=2)
+    assert "is not empty" in refused.stderr
+    report = json.loads(fewer("prune", str(directory), "out", *words, "--text", texts[0], "--overwrite", "--json").stdout)
+    assert sum(report["widths"]) == 256
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ratio", "1.5"], "ratio is 1.5"),
+        (["--window", "512", "--text", "short.txt"], "tokens; expected at least 512, one window"),
+        (["--text", "absent.txt"], "absent.txt"),
+        (["--export", "zip"], "--export zip; expected list, padded or uniform"),
+    ],
+)
+def test_the_verb_refuses_in_one_line_and_leaves_nothing(fewer, tmp_path, directory, texts, words, message):
+    (tmp_path / "short.txt").write_text("x = 1\n")
+    text = [] if "--text" in words else ["--text", texts[0]]
+    done = fewer("prune", str(directory), "out", "--ratio", "0.5", "--multiple-of", "16", *text, *words, status=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verb_refuses_what_is_no_model(fewer, tmp_path, texts):
+    done = fewer("prune", "nowhere", "out", "--text", texts[0], status=2)
+    assert "nowhere is no model directory" in done.stderr
+
+
+def test_the_language_models_verbs_say_where_the_model_is(fewer, tmp_path, texts):
+    cache = {"FEWER_CACHE": str(tmp_path / "cache")}
+    words = ["--preset", "family-micro", "--text", texts[0], "--text", texts[1]]
+    assert "is not trained yet" in fewer("lm", "info", *words, **cache).stdout
+    path = fewer("lm", "path", *words, **cache).stdout.strip()
+    assert Path(path, "model.safetensors").exists()
+    assert json.loads(fewer("lm", "info", *words, "--json", **cache).stdout)["folder"] == path
+    assert "removed" in fewer("lm", "clear", **cache).stdout
+    assert not Path(path).exists()
+    assert "expected one of family-s" in fewer("lm", "path", "--preset", "huge", status=2, **cache).stderr
