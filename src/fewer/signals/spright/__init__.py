@@ -21,8 +21,9 @@ Source: arXiv 1508.06336.
 >>> from fewer.signals import sparse_wht
 >>> def model(m): return m[:, 3] * m[:, 71] - 0.5 * m[:, 90]  # any function of rows of bits
 >>> spectrum = sparse_wht(model, n=100, sparsity=5)
->>> [(names, round(value, 6)) for names, value in spectrum.interactions([f"x{i}" for i in range(100)])][-1]
-(('x3', 'x71'), 0.25)
+>>> interactions = dict(spectrum.interactions([f"x{i}" for i in range(100)]))
+>>> round(interactions["x3", "x71"], 6), round(interactions["x90",], 6)
+(0.25, 0.25)
 >>> spectrum.converged, spectrum.queries < 7_000
 (True, True)
 """

@@ -79,10 +79,8 @@ def viterbi(
             leave = metric[(2 * state + 1) & (STATES - 1)] + gain[symbol[2 * state + 1]]
             came_from[step, state] = leave > stay
             following[state] = max(stay, leave)
-        if step >= n:  # the zeros that end the message
-            following[STATES // 2 :] = -np.inf
         metric, following = following, metric
-    state = 0
+    state = 0  # reached by the six zeros that end the message, and by no other six
     for step in range(steps - 1, -1, -1):
         if step < n:
             bits[step] = state >> (MEMORY - 1)
