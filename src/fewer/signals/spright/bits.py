@@ -83,25 +83,32 @@ def sum_of_parities(points: Words, indices: Words, values: np.ndarray) -> np.nda
 
 @numba.njit(cache=True)
 def find(table: np.ndarray, keys: Words, rows: Words, row: int) -> int:  # pragma: no cover - compiled
-    """The slot of rows[row] in an open-addressing table of places among the keys (-1: empty): its own, or the empty one where it belongs."""
-    mixed = np.uint64(0x9E3779B97F4A7C15)  # the finaliser of MurmurHash3, word by word
-    for word in range(rows.shape[1]):
-        mixed ^= rows[row, word]
-        mixed ^= mixed >> np.uint64(33)
-        mixed *= np.uint64(0xFF51AFD7ED558CCD)
-        mixed ^= mixed >> np.uint64(33)
-    mask = np.uint64(table.size - 1)
-    slot = mixed & mask
-    while table[slot] >= 0:
-        place, same = table[slot], True
-        for word in range(rows.shape[1]):
-            if keys[place, word] != rows[row, word]:
-                same = False
-                break
-        if same:
-            break
-        slot = (slot + np.uint64(1)) & mask
+    """The slot of rows[row] in an open-addressing table of places among the keys (-1: empty): its own, or the empty one where it belongs.
+
+    The first word stands outside the loops: most vectors have no other, and a loop over one word takes ten times as long.
+    """
+    first, more = rows[row, 0], rows.shape[1] > 1
+    mixed = (first ^ (first >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
+    if more:
+        for word in range(1, rows.shape[1]):
+            mixed ^= rows[row, word] ^ (mixed >> np.uint64(29))
+            mixed *= np.uint64(0x9E3779B97F4A7C15)
+    mask = np.int64(table.size - 1)
+    slot = np.int64(mixed >> np.uint64(32)) & mask
+    place = table[slot]
+    while place >= 0 and (keys[place, 0] != first or (more and not _same(keys, place, rows, row))):
+        slot = (slot + 1) & mask
+        place = table[slot]
     return slot  # pyright: ignore[reportReturnType]
+
+
+@numba.njit(cache=True)
+def _same(keys: Words, place: int, rows: Words, row: int) -> bool:  # pragma: no cover - compiled
+    """Whether all words are equal."""
+    same = True
+    for word in range(rows.shape[1]):
+        same &= keys[place, word] == rows[row, word]
+    return same
 
 
 @numba.njit(cache=True)
@@ -109,10 +116,13 @@ def enter(table: np.ndarray, keys: Words, known: int, rows: Words, numbers: np.n
     """Enter rows among the `known` keys: numbers[i] becomes row i's place; new ones are appended to keys. Returns how many are known then."""
     for i in range(rows.shape[0]):
         slot = find(table, keys, rows, i)
-        if table[slot] < 0:
+        place = table[slot]
+        if place < 0:
+            place = known
             table[slot] = known
-            for word in range(rows.shape[1]):
+            keys[known, 0] = rows[i, 0]
+            for word in range(1, rows.shape[1]):
                 keys[known, word] = rows[i, word]
             known += 1
-        numbers[i] = table[slot]
+        numbers[i] = place
     return known
