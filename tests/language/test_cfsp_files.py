@@ -13,10 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
+from fewer.errors import UserError
 from fewer.language.cfsp import calibrate, lora_ranks, prune, recover, save_pruned
+from fewer.language.cfsp.command import prune as prune_verb
 from fewer.language.cfsp.gated_mlp import decoder_layers, width_of
 from fewer.language.cfsp.recovery import add_adapters, merge_adapters, peft_config
 from fewer.tasks import fetch_small_lm, micro_lm
+from fewer.tasks.language_corpus import is_validation
 
 IDS = torch.randint(1, 2048, (4, 48), generator=torch.Generator().manual_seed(0))
 
@@ -200,7 +203,8 @@ def test_recovery_refuses_what_cannot_be(pruned, words, message):
 @pytest.fixture(scope="module")
 def texts():
     folder = Path(sysconfig.get_path("stdlib"))
-    return [str(folder / name) for name in ("argparse.py", "ast.py", "typing.py", "calendar.py", "functools.py", "inspect.py")]
+    held_out = next(file.name for file in sorted(folder.glob("*.py")) if is_validation(file.name))
+    return [str(folder / name) for name in ("argparse.py", "ast.py", "typing.py", "calendar.py", "inspect.py", held_out)]
 
 
 @pytest.fixture(scope="module")
@@ -210,45 +214,62 @@ def directory(tmp_path_factory, texts):
         return fetch_small_lm("family-micro", text=texts)
 
 
+SMALL = {"ratio": 0.5, "multiple_of": 16, "windows": 4, "window": 64}
+
+
 def test_the_verb_prunes_a_directory(fewer, tmp_path, directory, texts):
-    words = ["--ratio", "0.5", "--multiple-of", "16", "--windows", "4", "--window", "64", "--recover-steps", "2", "--recover-batch", "1"]
-    said = fewer("prune", str(directory), "out", *words, "--text", texts[0], "--text", texts[1]).stdout
+    words = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    said = fewer("prune", str(directory), "out", *words, "--text", texts[0], "--recover-steps", "2", "--recover-batch", "1").stdout
     assert "256 of 512 channels" in said
+    assert "recovery: loss" in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(width_of(layer) for layer in decoder_layers(model)) == 256
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    refused = fewer("prune", str(directory), "out", *words, "--text", texts[0], status=2)
-    assert "is not empty" in refused.stderr
-    report = json.loads(fewer("prune", str(directory), "out", *words, "--text", texts[0], "--overwrite", "--json").stdout)
-    assert sum(report["widths"]) == 256
+
+
+def test_the_verb_replaces_a_directory_only_when_told(tmp_path, directory, texts, capsys):
+    given = SMALL | {"text": [Path(texts[0])]}
+    prune_verb(directory, tmp_path / "out", **given, export="uniform")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        prune_verb(directory, tmp_path / "out", **given)
+    capsys.readouterr()
+    prune_verb(directory, tmp_path / "out", **given, overwrite=True, as_json=True)
+    assert sum(json.loads(capsys.readouterr().out)["widths"]) == 256
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ratio", "1.5"], "ratio is 1.5"),
-        (["--window", "512", "--text", "short.txt"], "tokens; expected at least 512, one window"),
-        (["--text", "absent.txt"], "absent.txt"),
-        (["--export", "zip"], "--export zip; expected list, padded or uniform"),
+        ({"ratio": 1.5}, "ratio is 1.5"),
+        ({"window": 512, "text": ["short.txt"]}, "tokens; expected at least 512, one window"),
+        ({"text": ["absent.txt"]}, "absent.txt"),
+        ({"export": "zip"}, "--export zip; expected list, padded or uniform"),
     ],
 )
-def test_the_verb_refuses_in_one_line_and_leaves_nothing(fewer, tmp_path, directory, texts, words, message):
+def test_the_verb_refuses_and_leaves_nothing(tmp_path, directory, texts, words, message):
     (tmp_path / "short.txt").write_text("x = 1\n")
-    text = [] if "--text" in words else ["--text", texts[0]]
-    done = fewer("prune", str(directory), "out", "--ratio", "0.5", "--multiple-of", "16", *text, *words, status=2)
-    assert message in done.stderr
-    assert done.stderr.count("\n") <= 2
+    given = {"text": [Path(texts[0])], "ratio": 0.5, "multiple_of": 16, "window": 64} | words
+    given["text"] = [tmp_path / file for file in given["text"]]
+    with pytest.raises((ValueError, UserError), match=message):
+        prune_verb(directory, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb_refuses_what_is_no_model(fewer, tmp_path, texts):
+def test_the_verb_refuses_what_is_no_model_in_one_line(fewer, texts):
     done = fewer("prune", "nowhere", "out", "--text", texts[0], status=2)
-    assert "nowhere is no model directory" in done.stderr
+    assert done.stderr.startswith("error: nowhere is no model directory")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_verb_refuses_a_model_that_is_pruned_already(pruned, tmp_path, texts):
+    save_pruned(pruned[0], tmp_path / "pruned")
+    with pytest.raises(ValueError, match="pruned already; expected the dense one"):
+        prune_verb(tmp_path / "pruned", tmp_path / "out", text=[Path(texts[0])])
 
 
 def test_the_language_models_verbs_say_where_the_model_is(fewer, tmp_path, texts):
     cache = {"FEWER_CACHE": str(tmp_path / "cache")}
-    words = ["--preset", "family-micro", "--text", texts[0], "--text", texts[1]]
+    words = ["--preset", "family-micro", "--text", texts[0]]
     assert "is not trained yet" in fewer("lm", "info", *words, **cache).stdout
     path = fewer("lm", "path", *words, **cache).stdout.strip()
     assert Path(path, "model.safetensors").exists()

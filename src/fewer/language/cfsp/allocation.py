@@ -69,13 +69,15 @@ def allocate(
             f"at ratio {ratio:g} layer {layer} would keep no channels (multiples of {multiple_of}); use a ratio of at most {most:.2f}, or a smaller multiple_of"
         )
     widths = np.minimum(widths, intermediate_size)
-    return (to_budget(widths, wanted, multiple_of, intermediate_size) if exact_budget else widths).tolist()
+    if exact_budget:
+        widths = to_budget(widths, wanted, len(widths) * intermediate_size * (1 - ratio), multiple_of, intermediate_size)
+    return widths.tolist()
 
 
-def to_budget(widths: np.ndarray, wanted: np.ndarray, multiple_of: int, largest: int) -> np.ndarray:
-    """Add or take single blocks of M where rounding erred most, until the sum is within M of what is wanted."""
+def to_budget(widths: np.ndarray, wanted: np.ndarray, budget: float, multiple_of: int, largest: int) -> np.ndarray:
+    """Add or take single blocks of M where rounding erred most, until the sum is within M of the budget."""
     widths = widths.copy()
-    while abs(owed := wanted.sum() - widths.sum()) >= multiple_of:
+    while abs(owed := budget - widths.sum()) >= multiple_of:
         sign = 1 if owed > 0 else -1
         moved = widths + sign * multiple_of
         possible = (moved >= multiple_of) & (moved <= largest)

@@ -69,7 +69,9 @@ def prune(
 def load_directory(model_dir: Path) -> tuple[Any, Any]:
     """(model in float32, tokenizer); ValueError where the directory is none of a model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if not (model_dir / "config.json").is_file():
         raise ValueError(f"{model_dir} is no model directory (there is no config.json); expected one that transformers wrote")
     if json.loads((model_dir / "config.json").read_text()).get("model_type", "").startswith("fewer_"):

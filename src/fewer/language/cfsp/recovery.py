@@ -130,16 +130,18 @@ def recover(
     optimizer = torch.optim.AdamW([parameter for each in adapters for parameter in (each.a, each.b)], lr=lr)
     model.train()
     try:
-        for step in range(steps):
-            starts = torch.randint(len(token_ids) - window + 1, (batch, 1), generator=draw)
-            ids = token_ids[starts + torch.arange(window)]
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            if tell:
-                tell(step + 1, steps, losses[-1])
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # dropout
+            for step in range(steps):
+                starts = torch.randint(len(token_ids) - window + 1, (batch, 1), generator=draw)
+                ids = token_ids[starts + torch.arange(window)]
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                if tell:
+                    tell(step + 1, steps, losses[-1])
     finally:
         model.train(was_training)
         merge_adapters(model)
