@@ -110,6 +110,20 @@ def test_equal_coefficients_never_pass_for_one(size, noise):
     assert ghosts == 0
 
 
+@pytest.mark.parametrize("design", ["none", "so", "nso"])
+def test_signs_that_are_no_signature_are_not_accepted(design):
+    """All magnitudes are equal, as those of a single-ton, but random signs agree with no index; those of an index are accepted."""
+    n, rng = 20, np.random.default_rng(0)
+    for _ in range(100):
+        offsets = choose_offsets(n, design, None, rng)
+        limits = Limits(design == "none", 1e-12, np.full(2, 0.1), np.zeros(2), n)
+        columns = np.zeros((2, 0, n), dtype=np.uint8)
+        assert not accepted(rng.choice([-1.0, 1.0], len(offsets.points)), columns, offsets, n, limits, 0)
+        index = np.zeros((1, n), dtype=np.uint8)
+        index[0, rng.choice(n, 2, replace=False)] = 1
+        assert accepted(signs(pack(index), offsets.words)[0], columns, offsets, n, limits, 0)
+
+
 def test_three_equal_coefficients_are_caught_by_offsets_without_a_vote():
     """At 0, e_1 ... e_n alone these three look like their sum: all magnitudes are equal."""
     n = 60
