@@ -14,6 +14,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.tree import DecisionTreeRegressor
 
 from fewer.signals.spright import SparseSpectrum, SparseWalshRegressor, fwht, sparse_wht
+from fewer.signals.spright.command import wht
 from fewer.signals.spright.comparison import Network, PeerSignal, exact_support, k_sparse, k_sparse_array, lasso_on_pairs, r_squared
 from fewer.signals.spright.study import Workload, study
 from fewer.study import Scale, Trial
@@ -61,13 +62,15 @@ def test_the_estimator_explains_a_tree_exactly_and_is_one_of_scikit_learns():
     assert (fitted.spectrum_.order() <= 3).all()
 
 
-def test_the_verb_prints_the_largest_coefficients_as_the_full_transform_has_them(fewer, tmp_path):
+def test_the_verb_prints_the_largest_coefficients_as_the_full_transform_has_them(fewer, tmp_path, capsys):
     true, array = k_sparse_array(16, 8, np.random.default_rng(0))
     np.save(tmp_path / "table.npy", array.astype(np.float32))
     plain = fewer("wht", "table.npy", "--top", "3").stdout
     assert "3 of 8 coefficients" in plain
-    sparse = json.loads(fewer("wht", "table.npy", "--json").stdout)
-    full = json.loads(fewer("wht", "table.npy", "--full", "--top", "8", "--json").stdout)
+    wht(tmp_path / "table.npy", as_json=True)
+    sparse = json.loads(capsys.readouterr().out)
+    wht(tmp_path / "table.npy", full=True, top=8, as_json=True)
+    full = json.loads(capsys.readouterr().out)
     found, expected = ({each["bits"]: each["value"] for each in told["coefficients"]} for told in (sparse, full))
     assert found == pytest.approx(expected, abs=1e-6)
     assert found == pytest.approx(true.to_dict(), abs=1e-6)
@@ -78,9 +81,10 @@ def test_the_verb_prints_the_largest_coefficients_as_the_full_transform_has_them
     assert "Traceback" not in refused.stderr
 
 
-def test_the_verb_says_when_not_all_is_found(fewer, tmp_path):
+def test_the_verb_says_when_not_all_is_found(tmp_path, capsys):
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).standard_normal(2**16))
-    assert "not all is explained" in fewer("wht", "noise.npy", "--max-queries", "3000", "--design", "none").stdout
+    wht(tmp_path / "noise.npy", max_queries=3000, design="none")
+    assert "not all is explained" in capsys.readouterr().out
 
 
 def test_sparse_transform_and_we_find_the_same_spectrum():
