@@ -78,20 +78,21 @@ class GraphLayer(nn.Module):
         super().__init__()
         self.widths, self.out_channels = tuple(widths), out_channels
         self.kind = conv if isinstance(conv, str) and conv in ("gcn", "sage") else None  # linear: its parts may be shared and kept
+        self.attends = conv == "gat"
         self.conv = make_convolution(conv, sum(widths), out_channels)
 
     def project(self, part: int, x: Matrix) -> Tensor:
         """What a part of the input adds before propagation (linear convolutions), or the part itself (others)."""
         if self.kind is None:
-            assert isinstance(x, Tensor)
-            return x
+            return x.csr if isinstance(x, SparseMatrix) else x
         start = sum(self.widths[:part])
         return product(x, self._weights()[:, start : start + self.widths[part]])
 
     def combine(self, projected: Sequence[Tensor], graph: Graph) -> Float[Tensor, "nodes width"]:
         """The layer's output, given what each part adds."""
         if self.kind is None:
-            return torch.relu(self.conv(torch.cat(list(projected), dim=1), graph.edge_index))
+            whole = projected[0] if len(projected) == 1 else torch.cat(list(projected), dim=1)
+            return torch.relu(self.conv(whole, graph.edge_index))
         total = functools.reduce(torch.add, projected)
         h = sparse_product(getattr(graph, self.kind), total[:, : self.out_channels]).add_(self._bias())  # in place: nothing else reads it
         return torch.relu_(h if self.kind == "gcn" else h.add_(total[:, self.out_channels :]))
@@ -106,6 +107,8 @@ class GraphLayer(nn.Module):
             x: the whole input [nodes, width], one part.
             keep: keep A x for these rows, so that a call is a dense product (linear convolutions only).
         """
+        if self.attends:  # attention at a node reads the edges that end there alone
+            graph = Graph(graph.edge_index[:, torch.isin(graph.edge_index[1], rows)], graph.num_nodes, graph.dtype)
         if self.kind is None:
             return lambda: self([x], graph)[rows]
         propagation = cast("SparseMatrix", getattr(graph, self.kind)).select(rows)
@@ -161,6 +164,6 @@ def rows_of(x: Matrix, rows: Int[Tensor, "rows"]) -> Matrix:
 
 
 def compact(x: Float[Tensor, "nodes features"], layer: GraphLayer) -> Matrix:
-    """The features as the layer multiplies them quickest: without their zeros where most are zero and the layer is linear."""
-    few = layer.kind is not None and float((x != 0).to(torch.float32).mean()) < SPARSE_BELOW
-    return SparseMatrix.of_dense(x) if few else x
+    """The features as the layer multiplies them quickest: without their zeros, where most are zero and its convolution can take that."""
+    takes_sparse = layer.kind is not None or (layer.attends and len(layer.widths) == 1)
+    return SparseMatrix.of_dense(x) if takes_sparse and float((x != 0).to(torch.float32).mean()) < SPARSE_BELOW else x

@@ -265,18 +265,32 @@ def sf_accuracy(results: Results) -> Any:
     return differences(results, "single", "bp", -0.01)
 
 
-@study.claim("SF is more accurate than both Forward-Forward baselines at 4 layers", paper="far above them")
+@study.claim(
+    "SF is more accurate than both Forward-Forward baselines at 4 layers",
+    paper="far above them",
+    if_fails="the baselines train at a rate of 1e-2 here, which serves them; at the paper's 1e-3 and this patience they stop before they "
+    "have learnt anything (about 30 % on Cora with labels appended, against about 85 %)",
+)
 def above_forward_forward(results: Results) -> Any:
     parts = [results.difference(f"accuracy.{name}", "single", other) > 0 for name in SETS for other in ("ff-labels", "ff-virtual")]
     return parts[0] & parts[1] & parts[2] & parts[3]
 
 
-@study.claim("SF-Top-to-Input is at most 0.5 points less accurate than SF at 4 layers", paper="close to backpropagation, like SF")
+@study.claim(
+    "SF-Top-to-Input is at most 0.5 points less accurate than SF at 4 layers",
+    paper="close to backpropagation, like SF",
+    if_fails="it overfits: 95 % of the training nodes are right when its validation accuracy, after about 100 epochs, begins to fall; "
+    "neither alternating updates nor hiding the training labels above the last layer changed that",
+)
 def top_to_input_accuracy(results: Results) -> Any:
     return differences(results, "top-to-input", "single", -0.005)
 
 
-@study.claim("SF-Top-to-Loss is at most 0.5 points less accurate than SF at 4 layers", paper="close to backpropagation, like SF")
+@study.claim(
+    "SF-Top-to-Loss is at most 0.5 points less accurate than SF at 4 layers",
+    paper="close to backpropagation, like SF",
+    if_fails="on one of the two sets it falls short by a few of some 660 test nodes more than the margin allows; on the other it is level with SF",
+)
 def top_to_loss_accuracy(results: Results) -> Any:
     return differences(results, "top-to-loss", "single", -0.005)
 
