@@ -56,14 +56,11 @@ class MFAC(Optimizer):
 
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> optimizer = MFAC([w], lr=0.1, window=4, damping=0.1)
-        >>> for _ in range(100):
-        ...     optimizer.zero_grad()
-        ...     loss = (torch.tensor([100.0, 1.0]) * w * w).sum()
-        ...     loss.backward()
-        ...     _ = optimizer.step()
-        >>> bool(loss < 1)  # from 101
-        True
+        >>> optimizer = MFAC([w], lr=1.0, window=1, damping=1.0)
+        >>> w[0].square().backward()  # the gradient is (2, 0), so F = diag(5, 1)
+        >>> optimizer.step()
+        >>> w.data
+        tensor([0.6000, 1.0000])
 
     Source: arXiv 2107.03356, dynamic algorithm and its released optimizer.
     """

@@ -16,14 +16,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SMALLEST_PIVOT = 1e-10  # of the largest, as squares on the diagonal of U: below it an update has too few digits left
-TOLD_APART = 1e-13  # of the largest: below it a factorisation has too few, too
+TOLD_APART = 1e-12  # of the largest: below it a factorisation has too few, too
 
 
 def factorise(matrix: Float[Tensor, "m m"], floor: float) -> Float[Tensor, "m m"]:
     """U with U^T U = M, for a symmetric float64 matrix whose eigenvalues are known to be at least `floor` > 0.
 
     Eigenvalues that float64 cannot tell well from 0 beside the largest are raised to the least that it can (and to the floor): M is then
-    that of a larger damping. It happens where damping * m is below about 1e-13 of the largest squared gradient.
+    that of a larger damping. It happens where damping * m is below about 1e-12 of the largest squared gradient.
 
     Examples:
         >>> upper = factorise(torch.tensor([[4.0, 2.0], [2.0, 5.0]]).double(), floor=1e-3)

@@ -1,0 +1,121 @@
+"""The study's machinery on digits, and that the racers do the same work."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from fewer.optimization.mfac import bench, comparison, networks
+from fewer.optimization.mfac.comparison import SPARSITIES, Task
+from fewer.optimization.mfac.study import study
+from fewer.study import Scale, Trial
+from fewer.study.trial import FigureEvent, ObjectiveEvent, TrialSpec
+
+PRUNERS = ["magnitude", "diagonal-fisher", "mfac-500", "mfac-2000", "mfac-full"]
+OPTIMISERS = ["sgd", "adamw", "mfac-32", "mfac-128", "mfac-512"]
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Task:
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.as_tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.as_tensor(y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        network = networks.trained("digits", small_net, x[:1200], y[:1200], epochs=5)
+    make = functools.partial(networks.resnet20, 1, (2, 4, 4))
+    return Task(network, (x[:1200], y[:1200]), (x[1200:], y[1200:]), (x[:256], y[:256]), (x[1200:1400], y[1200:1400]), make)
+
+
+def run(task: Task, name: str, **settings: object) -> list:
+    events = []
+    arm = study.arms[name]
+    given = arm.defaults(Scale.QUICK, {"data": "mnist"}) | settings
+    torch.manual_seed(0)
+    arm.run(task, Trial(TrialSpec("study", study.slug, name, 0, Scale.QUICK, given), events.append))
+    return events
+
+
+def figures(events: list, name: str) -> dict[tuple, float]:
+    return {tuple(event.coordinates.values()): event.value for event in events if isinstance(event, FigureEvent) and event.name == name}
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_pruner_logs_its_accuracies_and_leaves_the_network_alone(digits, name, monkeypatch):
+    monkeypatch.setattr(comparison, "MAIN", 64)
+    monkeypatch.setattr(comparison, "GRADIENTS", (16, 128))
+    before = {key: value.clone() for key, value in digits.network.state_dict().items()}
+    events = run(digits, name)
+    assert all(torch.equal(value, before[key]) for key, value in digits.network.state_dict().items())
+    found = figures(events, "accuracy")
+    assert list(found) == [(sparsity,) for sparsity in SPARSITIES]
+    assert found[(0.5,)] > 0.8
+    assert figures(events, "dense_accuracy")[()] >= 0.85
+    if name.startswith("mfac"):
+        assert list(figures(events, "accuracy_joint")) == [(sparsity,) for sparsity in SPARSITIES]
+        for ending in ("", "_joint"):
+            assert sorted(figures(events, f"accuracy_at_90{ending}")) == [(16,), (64,), (128,)]
+            assert figures(events, f"accuracy_at_90{ending}")[(64,)] == figures(events, f"accuracy{ending}")[(0.9,)]
+        assert 0 < figures(events, "unseen")[()] <= 1
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_optimiser_logs_losses_times_and_bytes(digits, name):
+    events = run(digits, name, epochs=2, window=16)
+    losses = figures(events, "validation_loss")
+    assert list(losses) == [(step,) for step in range(1, 9)]
+    assert losses[(8,)] == figures(events, "final_loss")[()]
+    assert [event.value for event in events if isinstance(event, ObjectiveEvent)] == [-losses[(8,)]]
+    assert figures(events, "step_seconds")[()] >= figures(events, "gradient_seconds")[()]
+    weights = sum(parameter.numel() for parameter in digits.make().parameters())
+    expected = {"sgd": 4 * weights, "adamw": 8 * weights}.get(name, 4 * 16 * weights + 2 * 8 * 16 * 16)
+    assert figures(events, "optimizer_bytes")[()] == pytest.approx(expected, rel=0.05)
+
+
+def test_the_window_is_timed_over_d_and_over_m(digits, monkeypatch):
+    events = []
+    trial = Trial(TrialSpec("study", study.slug, "window", 0, Scale.QUICK, {}), events.append)
+    monkeypatch.setattr(comparison, "push_seconds", lambda window, dim, device, seed: 1e-9 * window * dim + 1e-12)
+    comparison.time_window(trial, dims=(1000, 10_000), windows=(4, 8), dim=1000, window=4)
+    assert list(figures(events, "push_seconds")) == [(1000,), (10_000,)]
+    assert figures(events, "slope_over_d")[()] == pytest.approx(1, abs=1e-3)
+    assert figures(events, "slope_over_m")[()] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_push_that_is_timed_is_one_on_a_full_window():
+    assert 0 < comparison.push_seconds(3, 50, "cpu", 0, least=1e-4) < math.inf
+
+
+def test_a_network_is_trained_once_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWER_CACHE", str(tmp_path))
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
+    state = torch.get_rng_state()
+    first = networks.trained("noise", small_net, x, y, epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(networks, "train", lambda *_: pytest.fail("trained twice"))
+    again = networks.trained("noise", small_net, x, y, epochs=1)
+    assert not again.training
+    assert all(torch.equal(value, first.state_dict()[key]) for key, value in again.state_dict().items())
+    assert [file.suffix for file in tmp_path.rglob("*") if file.is_file() and file.name != "lock"] == [".safetensors"]
+
+
+def test_the_full_scale_is_resnet_20():
+    assert sum(parameter.numel() for parameter in networks.resnet20(3, (16, 32, 64)).parameters()) == 269_722  # 0.27 million
+    assert networks.resnet20(3, (16, 32, 64))(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_racers_do_the_same_work(monkeypatch):
+    monkeypatch.setattr(bench, "_gradients", lambda m, d: torch.randn(20, 100, generator=torch.Generator().manual_seed(0)))
+    ours, theirs = bench.precomputation()
+    x = torch.ones(100)
+    v, c = theirs()
+    by_recursion = x / 1e-3 - v[0].T @ ((v[0] @ x) / c[0])
+    torch.testing.assert_close(ours() @ x, by_recursion, rtol=1e-2, atol=1)
