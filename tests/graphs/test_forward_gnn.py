@@ -253,17 +253,23 @@ def test_predictions_do_not_depend_on_the_order_of_the_nodes(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_isolated_nodes_get_finite_predictions_and_the_communities_are_learnt(mode):
+def test_the_communities_are_learnt(mode):
     data, model = community_graph(), network(mode)
+    history = fit(model, data, epochs=150, lr=3e-2 if mode == "ff_virtual" else 1e-2)  # its goodness starts far below theta
+    assert (model.predict(data, data.test_mask) == data.y[data.test_mask]).float().mean() > 0.7
+    assert history.best_validation() > 0.7
+
+
+@pytest.mark.parametrize("conv", ["gcn", "sage", "gat"])
+@pytest.mark.parametrize("mode", MODES)
+def test_isolated_nodes_get_finite_predictions(mode, conv):
+    data, model = community_graph(), network(mode, conv=conv)
     assert not (data.edge_index == 0).any()
-    history = fit(model, data, epochs=150, lr=3e-2 if mode == "ff_virtual" else 1e-2)
+    data.x[0] = 0  # nothing to normalise either
+    fit(model, data, epochs=3)
     probabilities = model.predict_proba(data)
     assert probabilities.isfinite().all()
     torch.testing.assert_close(probabilities.sum(1), torch.ones(data.num_nodes))
-    assert (model.predict(data, data.test_mask) == data.y[data.test_mask]).float().mean() > 0.7
-    assert history.best_validation() > 0.7
-    for conv in ("sage", "gat"):
-        assert network(mode, conv=conv).predict_proba(data).isfinite().all()
 
 
 def test_probabilities_are_the_mean_over_layers_of_the_softmax_of_inner_products():
