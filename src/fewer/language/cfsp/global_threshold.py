@@ -1,0 +1,37 @@
+"""What CFSP is compared with: one threshold for the whole model on scores that are standardised within each layer (FLAP, Wanda-SP)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from fewer.language.cfsp.allocation import check_ratio, to_budget
+from fewer.language.cfsp.calibration import CfspStats
+from fewer.language.cfsp.gated_mlp import decoder_layers, ffn_flops, width_of
+from fewer.language.cfsp.importance import channel_importance, largest
+from fewer.language.cfsp.pruning import PruneReport, count_parameters, cut
+
+
+def prune_by_global_threshold(model: nn.Module, stats: CfspStats, ratio: float, multiple_of: int = 128) -> PruneReport:
+    """Keep the channels whose standardised Wanda score is above one threshold for all layers, widths brought to the same multiples.
+
+    A threshold alone gives any widths; they are rounded and brought to the same budget as CFSP's, so that both keep as much.
+    """
+    check_ratio(ratio)
+    layers = decoder_layers(model)
+    width, before = width_of(layers[0]), count_parameters(model)
+    scores = torch.stack([channel_importance(layer, norm, "wanda") for layer, norm in zip(layers, stats.channel_norm, strict=True)])
+    standardised = (scores - scores.mean(dim=1, keepdim=True)) / scores.std(dim=1, keepdim=True)
+    kept_in_all = round(standardised.numel() * (1 - ratio))
+    threshold = standardised.flatten().sort(descending=True).values[kept_in_all - 1]
+    wanted = (standardised >= threshold).sum(dim=1).numpy().astype(float)
+    rounded = np.clip(np.floor(wanted / multiple_of + 0.5) * multiple_of, multiple_of, width).astype(int)
+    widths = to_budget(rounded, wanted, len(layers) * width * (1 - ratio), multiple_of, width).tolist()
+    kept = [largest(score, count) for score, count in zip(scores, widths, strict=True)]
+    cut(model, kept)
+    size = model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
+    flops = ffn_flops(size, widths), ffn_flops(size, [width] * len(layers))  # pyright: ignore[reportArgumentType]
+    return PruneReport(
+        widths, kept, wanted / wanted.mean(), 1 - sum(widths) / (width * len(layers)), count_parameters(model), before, *flops
+    )
