@@ -81,6 +81,7 @@ class Task:
     test: Tensor
     scale: Scale
     multiple_of: int
+    about: str  # which model, and how well it predicts
 
     def model(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32").eval()
@@ -96,7 +97,8 @@ def task(scale: Scale, model: str, text: str, multiple_of: int) -> Task:
     corpus = corpus_of([text] if text else [])
     folder = Path(model) if model else fetch_small_lm(text=[text] if text else [])
     lm = open_lm(folder, corpus)
-    return Task(folder, lm.train, lm.validation[: HELD_OUT[scale]], scale, multiple_of)
+    about = f"{lm.key}, trained to a validation loss of {lm.about['validation_loss']:.3f}" if lm.about else str(folder)
+    return Task(folder, lm.train, lm.validation[: HELD_OUT[scale]], scale, multiple_of, about)
 
 
 @torch.no_grad()
@@ -114,6 +116,7 @@ def loss_and_accuracy(model: nn.Module, tokens: Tensor, batch: int = 8) -> tuple
 
 def judge(model: nn.Module, task: Task, trial: Trial, removed: float) -> None:
     """Log a model's loss, and at one half its size and speed too."""
+    trial.note("language model", task.about)
     loss, accuracy = loss_and_accuracy(model, task.test)
     trial.log("loss", loss, removed=removed)
     if removed == THIRD:
