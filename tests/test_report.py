@@ -15,7 +15,7 @@ from conftest import ROOT
 from fewer import papers
 from fewer.report.quantities import show, show_change
 from fewer.report.readme import methods_table
-from fewer.report.terminal import card_view, cards_table, races_table, run_view, sparkline
+from fewer.report.terminal import CardsTable, card_view, races_table, run_view, sparkline
 from fewer.study import LocalEngine, RaceOutcome, Store, make_record, plan, run
 
 
@@ -49,7 +49,7 @@ def test_a_card_shows_all_that_it_says(card):
     text = " ".join(written(card_view(card), 200).split())
     for said in (card.title, card.summary, card.when_not, card.costs, card.replaces, *card.authors):
         assert said in text
-    assert card.summary in " ".join(written(cards_table([card]), 300).split())
+    assert card.summary in " ".join(written(CardsTable([card]), 300).split())
 
 
 def test_a_race_says_who_won_and_what_was_asked_for():

@@ -32,7 +32,7 @@ def list_methods(
                 for c in cards
             ]
         )
-    console().print(terminal.cards_table(cards))
+    console().print(terminal.CardsTable(cards))
 
 
 def show(slug: SLUG, as_json: JSON = False) -> None:
@@ -60,7 +60,7 @@ def search(words: Annotated[list[str], typer.Argument(help="Words that must all 
         return print_json([{"slug": card.slug, "area": card.area, "summary": card.summary} for card in cards])
     if not cards:
         return console().print(f"No method's card has all of: {escaped(' '.join(words))}. `fewer list` shows them all.")
-    console().print(terminal.cards_table(cards))
+    console().print(terminal.CardsTable(cards))
 
 
 def doctor(as_json: JSON = False) -> None:

@@ -28,6 +28,7 @@ from fewer.study.verdicts import Verdict
 BLOCKS = "▁▂▃▄▅▆▇█"
 MARKS = {"holds": ("✓ holds", "green"), "fails": ("✗ fails", "red"), "not testable here": ("? not testable here", "yellow")}
 SPARK_WIDTH = 24
+WIDE = 120  # characters of a terminal that has room for everything
 ARM_WIDTH, FIGURE_WIDTH = 28, 18  # characters that a results table gives its arms and each of its figures
 
 
@@ -35,14 +36,28 @@ def _table(title: str = "", **kwargs: Any) -> Table:
     return Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, **kwargs)
 
 
-def cards_table(cards: Sequence[Card]) -> Table:
-    """The methods, a row each."""
-    table = _table()
-    for column in ("method", "area", "what it does for you", "saves", "claims here"):
-        table.add_column(column, overflow="fold", no_wrap=column == "method")
-    for card in cards:
-        table.add_row(card.slug, card.area, card.summary, ", ".join(card.saves), verdict_counts(card))
-    return table
+@dataclass(frozen=True)
+class CardsTable:
+    """The methods, a row each, under their areas; what they save is left out where the terminal is narrow."""
+
+    cards: Sequence[Card]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.max_width >= WIDE
+        table = _table()
+        table.add_column("method", no_wrap=True)
+        table.add_column("what it does for you", overflow="fold", ratio=3)
+        if wide:
+            table.add_column("saves", overflow="fold", ratio=1)
+        table.add_column("claims here", overflow="fold", min_width=12)
+        area = None
+        for card in self.cards:
+            if card.area != area:
+                area = card.area
+                table.add_section()
+                table.add_row(Text(area.replace("_", " "), style="bold"))
+            table.add_row(Text(f"  {card.slug}"), Text(card.summary), *([", ".join(card.saves)] if wide else []), verdict_counts(card))
+        yield table
 
 
 def verdict_counts(card: Card) -> str:
