@@ -135,6 +135,7 @@ def test_gradients_are_those_of_a_loop(net, size, monkeypatch):
     found = collect_gradients(net, nn.functional.cross_entropy, loader(size), 37)
     torch.testing.assert_close(found, loop(net, loader(size), 37), rtol=1e-5, atol=1e-6)
     assert len(vectorised) == (2 if size == 1 else 0)  # 32 samples, then 5
+    assert not found.requires_grad
 
 
 def test_a_module_that_vmap_cannot_run_goes_through_the_loop(net):

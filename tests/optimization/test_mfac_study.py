@@ -119,3 +119,14 @@ def test_racers_do_the_same_work(monkeypatch):
     v, c = theirs()
     by_recursion = x / 1e-3 - v[0].T @ ((v[0] @ x) / c[0])
     torch.testing.assert_close(ours() @ x, by_recursion, rtol=1e-2, atol=1)
+
+
+def test_the_dense_solve_and_the_factor_solve_the_same():
+    ours, theirs = bench.dense()
+    torch.testing.assert_close(ours().double(), torch.as_tensor(theirs()), rtol=1e-3, atol=1e-3)
+
+
+def test_the_window_and_its_two_products_are_of_one_size():
+    ours, theirs = bench._push_and_apply(20, 100)
+    products, sums = theirs()
+    assert (ours().shape, products.shape, sums.shape) == ((100,), (20,), (100,))

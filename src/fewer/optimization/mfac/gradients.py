@@ -155,5 +155,6 @@ def per_sample_gradients(
         return loss_fn(functional_call(module, weights, (sample[None],)), target[None])
 
     detached = {name: parameter.detach() for name, parameter in parameters.items()}
-    parts = vmap(grad(loss), in_dims=(None, 0, 0))(detached, x, y)
+    with torch.no_grad():  # torch.func differentiates all the same; the parameters left out, such as biases, must not keep a graph alive
+        parts = vmap(grad(loss), in_dims=(None, 0, 0))(detached, x, y)
     return torch.cat([parts[name].flatten(1) for name in parameters], dim=1)
