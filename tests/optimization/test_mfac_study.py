@@ -64,7 +64,9 @@ def test_a_pruner_logs_its_accuracies_and_leaves_the_network_alone(digits, name,
         for ending in ("", "_joint"):
             assert sorted(figures(events, f"accuracy_at_90{ending}")) == [(16,), (64,), (128,)]
             assert figures(events, f"accuracy_at_90{ending}")[(64,)] == figures(events, f"accuracy{ending}")[(0.9,)]
-        assert 0 < figures(events, "unseen")[()] <= 1
+        weights = sum(part.numel() for part in digits.network.parameters() if part.ndim > 1)
+        blocks = math.ceil(weights / {"mfac-500": 500, "mfac-2000": 2000, "mfac-full": weights}[name])
+        assert 1 - blocks * 64 / weights <= figures(events, "unseen")[()] < 1  # the trace of 1 - damping F^-1 is at most m in a block
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

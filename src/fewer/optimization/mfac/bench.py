@@ -82,7 +82,7 @@ def _step(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Call:
     return step
 
 
-@bench.race("a training step with its gradient, ResNet-20 of 17,554 weights, batch 64, m = 128", peer="AdamW(fused=True)", reach=2.0)
+@bench.race("a training step with its gradient, ResNet-20 of 17,254 weights, batch 64, m = 128", peer="AdamW(fused=True)", reach=2.0)
 def training_step() -> tuple[Call, Call]:
     ours = _step(lambda model: MFAC(model.parameters(), lr=1e-6, window=128, damping=1e-4))
     return ours, _step(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True))

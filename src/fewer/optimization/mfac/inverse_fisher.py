@@ -22,6 +22,9 @@ from fewer.optimization.mfac.checks import check_damping, check_gradients, check
 from fewer.optimization.mfac.recursion import Recursion
 from fewer.optimization.mfac.sliding_factor import factorise, too_close_to_singular
 
+ROWS = 64  # of a symmetric product that are multiplied at a time
+PIECE = 1 << 21  # entries in float64 at a time: 16 MB, which the allocator hands out again and caches hold in part
+
 
 class BlockInverse(Protocol):
     """F^{-1} of all blocks of one size."""
@@ -54,13 +57,23 @@ def tiles(grads: Float[Tensor, "blocks m b"], chunk: int) -> Iterator[tuple[slic
             yield slice(first, first + at_once), slice(start, start + chunk)
 
 
+def self_products(rows: Float[Tensor, "blocks m k"]) -> Float[Tensor, "blocks m m"]:
+    """R R^T of every block: only the lower half is multiplied out, the upper one is its mirror."""
+    m = rows.shape[1]
+    out = rows.new_empty(len(rows), m, m)
+    for start in range(0, m, ROWS):
+        end = min(m, start + ROWS)
+        out[:, start:end, :end] = rows[:, start:end] @ rows[:, :end].mT
+        out[:, :start, start:end] = out[:, start:end, :start].mT
+    return out
+
+
 def gram(grads: Float[Tensor, "blocks m b"], chunk: int) -> Float[Tensor, "blocks m m"]:
     """G G^T of every block in float64."""
     blocks, m, _ = grads.shape
     total = torch.zeros(blocks, m, m, dtype=torch.float64, device=grads.device)
-    for which, columns in tiles(grads, chunk):
-        part = grads[which, :, columns].double()
-        total[which] += part @ part.mT
+    for which, columns in tiles(grads, min(chunk, max(1, PIECE // m))):
+        total[which] += self_products(grads[which, :, columns].double())
     return total
 
 

@@ -62,7 +62,7 @@ def resnet20(channels: int, widths: tuple[int, int, int], stem_stride: int = 1) 
 
     Examples:
         >>> sum(parameter.numel() for parameter in resnet20(1, (4, 8, 16)).parameters())
-        17554
+        17254
     """
     blocks: list[nn.Module] = [
         nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False),

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fewer.optimization.mfac.inverse_fisher import InverseFisher, cholesky, gram, split_blocks
+from fewer.optimization.mfac.inverse_fisher import InverseFisher, cholesky, gram, self_products, split_blocks
 
 CHUNK = 65536  # columns that are worked on in float64 at a time
 
@@ -66,7 +66,7 @@ def _from_gradients(grads: Tensor, damping: float, w: Tensor, dropped: Tensor, c
     for g, w_, k in zip(grads.split(chunk, 2), w.split(chunk, 1), dropped.split(chunk, 1), strict=True):
         g = g.double()
         staying = g * ~k[:, None]
-        matrix += staying @ staying.mT
+        matrix += self_products(staying)
         lost += g @ (w_ * k)[..., None]
     answer = torch.cholesky_solve(lost, cholesky(matrix, damping * m))
     delta = -w * dropped

@@ -94,13 +94,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _over_tiles(work: Callable[[int, int], None], grads: Tensor) -> None:
-    """Call `work(first, last)` on ranges that cover all tiles, side by side."""
+    """Call `work(first, last)` on ranges that cover all tiles, side by side: a tile at a time, as another library's idle threads may hold a core."""
     tiles, threads = _tiles(grads), torch.get_num_threads()
     if threads == 1 or tiles == 1 or grads.numel() < QUICK:
         work(0, tiles)
         return
-    ends = [tiles * part // threads for part in range(threads + 1)]
-    list(_workers(threads).map(work, ends[:-1], ends[1:]))
+    list(_workers(threads).map(work, range(tiles), range(1, tiles + 1)))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})

@@ -192,8 +192,9 @@ PRUNERS = ("mfac-500", "mfac-2000", "mfac-full")
 @study.claim(
     "At 90 % sparsity in one shot: full M-FAC >= diagonal Fisher >= magnitude in accuracy",
     paper="one-shot pruning of ResNet50 and MobileNet better than magnitude and WoodFisher at equal sparsity",
-    if_fails="256 gradients span little of 59,000 weights: damping * [F^-1]_ii is 0.999 on average, so full M-FAC orders weights almost as "
-    "magnitude does; and the diagonal rests on the few images that the network gets wrong, whose gradients are thousands of times longer",
+    if_fails="the diagonal fell below magnitude: of 256 gradients of one image each the three longest make up 84 to 97 % of it (of 16 images "
+    "each: 25 to 31 %, and it reached 78 to 82 % of accuracy, magnitude 53 %). Full M-FAC hardly leaves the order of magnitude: whatever "
+    "m gradients say, damping * [F^-1]_ii is at least 1 - m/d = 0.996 on average, so of the weights dropped fewer than 1 in 10,000 differed",
 )
 def order_of_pruners(results: Results) -> Any:
     def over(arm: str, other: str) -> Any:
