@@ -1,4 +1,9 @@
-"""Sampling and training diffusion models."""
+"""Sampling and training diffusion models.
+
+>>> from fewer import diffusion
+>>> diffusion.preset(6)["corrector"]
+'full'
+"""
 
 import lazy_loader
 

@@ -1,0 +1,183 @@
+"""DPM-Solver-v3 as a scheduler of diffusers: it takes another scheduler's place in a pipeline that predicts noise, data or v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from jaxtyping import Float
+from torch import Tensor
+
+from fewer.diffusion._shared import PREDICTIONS, NoiseSchedule, to_epsilon
+from fewer.diffusion.dpm_solver_v3.ems import EMS, WEIGHTS
+from fewer.diffusion.dpm_solver_v3.integrals import Integrals
+from fewer.diffusion.dpm_solver_v3.multistep import Multistep, Plan, SolverConfig, make_plan
+
+
+class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
+    """One network call a step, with the model's own statistics (arXiv 2310.13268).
+
+    Args:
+        ems: of the network on this noise schedule, from `estimate_ems` or `EMS.from_pretrained`.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the noise schedule, as in `DDPMScheduler`.
+        prediction_type: "epsilon", "sample", "v_prediction" or "score".
+        solver_order, pseudo_predictor, corrector, pseudo_corrector, lower_order_final, spacing, end_time: as in `SolverConfig`;
+            `preset` gives the paper's.
+
+    Attributes:
+        timesteps: float64 [n], fractional: (t - 1 / T) * 1000.
+        init_noise_sigma: 1.0.
+
+    Examples:
+        >>> from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+        >>> schedule = NoiseSchedule.from_diffusers(DDPMScheduler())
+        >>> ends = [float(schedule.lambda_(torch.tensor(t))) for t in (schedule.t_max, schedule.t_min)]
+        >>> ems = EMS.data_prediction(torch.linspace(*ends, 121, dtype=torch.float64))
+        >>> scheduler = DPMSolverV3Scheduler.from_config(DDPMScheduler().config, ems=ems)
+        >>> scheduler.set_timesteps(5)
+        >>> x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> for t in scheduler.timesteps:
+        ...     x = scheduler.step(0.1 * x, t, x).prev_sample
+        >>> x.shape
+        torch.Size([1, 3, 8, 8])
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(
+        self,
+        ems: EMS,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "epsilon",
+        solver_order: int = 3,
+        pseudo_predictor: bool = False,
+        corrector: str = "none",
+        pseudo_corrector: bool = False,
+        lower_order_final: bool = True,
+        spacing: str = "logsnr",
+        end_time: float | None = None,
+    ) -> None:
+        if not isinstance(ems, EMS):
+            raise ValueError(f"ems is {type(ems).__name__}; expected EMS: estimate_ems(...) or EMS.from_pretrained(directory)")
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type {prediction_type!r}; expected one of {', '.join(PREDICTIONS)}")
+        solver = {
+            "solver_order": solver_order,
+            "pseudo_predictor": pseudo_predictor,
+            "corrector": corrector,
+            "pseudo_corrector": pseudo_corrector,
+            "lower_order_final": lower_order_final,
+            "spacing": spacing,
+            "end_time": end_time,
+        }
+        self._solver_config = SolverConfig(**solver)
+        noise = {
+            "num_train_timesteps": num_train_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": beta_schedule,
+            "trained_betas": None if trained_betas is None else [float(beta) for beta in trained_betas],
+        }
+        self.register_to_config(**noise, prediction_type=prediction_type, **solver)
+        self.ems = ems
+        self.schedule = NoiseSchedule.from_diffusers(noise)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.zeros(0, dtype=torch.float64)
+        self._integrals: Integrals | None = None
+        self._plan: Plan | None = None
+        self._placed: Plan | None = None
+        self._solver: Multistep | None = None
+
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From another scheduler's config, with `ems=`; keywords override what stands in it.
+
+        Raises:
+            ValueError: no EMS, or a config with rescale_betas_zero_snr, whose lambda is infinite at its end.
+        """
+        if "ems" not in kwargs:
+            raise ValueError("from_config without EMS; expected from_config(config, ems=...): estimate_ems(...) makes them")
+        given: Any = config
+        if isinstance(given, Mapping) and given.get("rescale_betas_zero_snr"):
+            raise ValueError(
+                "rescale_betas_zero_snr makes lambda infinite at the last time; expected a schedule with some signal at its end"
+            )
+        return super().from_config(given, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """From a directory; the EMS are read from it where they are not given as `ems=`."""
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if "ems" not in kwargs and (directory / WEIGHTS).is_file():
+            kwargs["ems"] = EMS.from_pretrained(directory)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """The config, and the EMS beside it."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.ems.save_pretrained(save_directory)
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the times and make all coefficients; forgets everything of a sample that was under way.
+
+        Raises:
+            ValueError: EMS of another schedule's range, or too coarse for so many steps.
+        """
+        self._integrals = self._integrals or Integrals(self.ems)
+        self._plan = make_plan(self.ems, self.schedule, num_inference_steps, self._solver_config, self._integrals)
+        self._placed, self._solver = None, None
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = self.schedule.timestep(self._plan.times[:-1]).to(device)
+
+    def restart(self) -> None:
+        """Begin another sample with the same timesteps, whose coefficients are kept."""
+        self._solver = None
+
+    def step(
+        self,
+        model_output: Float[Tensor, "B *shape"],
+        timestep: Tensor | float,
+        sample: Float[Tensor, "B *shape"],
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The sample at the next time. Steps are taken in the order of `timesteps`; nothing is drawn from `generator`.
+
+        Raises:
+            ValueError: before set_timesteps, after the last step, at another time than the next one, or EMS of another shape.
+        """
+        if self._plan is None:
+            raise ValueError("step before set_timesteps; call set_timesteps(n) first")
+        if self._placed is None or self._placed.f_of_eps[0].dtype != sample.dtype or self._placed.f_of_eps[0].device != sample.device:
+            self.ems.check_shape(sample.shape[1:])
+            self._placed = self._plan.to(sample)
+        if self._solver is None:
+            self._solver = Multistep(self._placed)
+        m = self._solver.m
+        if m == self.num_inference_steps or abs(float(timestep) - float(self.timesteps[m])) > 1e-3:
+            expected = "none: all steps are taken" if m == self.num_inference_steps else f"{float(self.timesteps[m]):.6g}"
+            raise ValueError(f"step at time {float(timestep):.6g}; expected {expected}. Call set_timesteps(n) before each sample")
+        eps = to_epsilon(model_output, sample, self._plan.alphas[m], self._plan.sigmas[m], self.config["prediction_type"])
+        moved = self._solver.step(eps, sample)
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """The sample as it is."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x_0 + sigma noise at network times [B], which may be fractional."""
+        t = self.schedule.time(timesteps.cpu()).reshape(-1, *[1] * (original_samples.ndim - 1))
+        return self.schedule.alpha(t).to(original_samples) * original_samples + self.schedule.sigma(t).to(original_samples) * noise
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]

@@ -1,0 +1,337 @@
+"""The statistics against what is known of Gaussians, numpy's regression and finite differences; files; the scheduler in diffusers; bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
+from test_dpm_solver_v3 import EDM, flow, grid, mixture, noise_of, randn, wavy
+
+from fewer.diffusion import EMS, DPMSolverV3Scheduler, estimate_ems, model_hash, sample
+from fewer.diffusion._shared import GaussianMixture, NoiseSchedule, as_epsilon
+from fewer.diffusion.dpm_solver_v3.command import ems as ems_command
+from fewer.diffusion.dpm_solver_v3.command import load_model, read_images
+from fewer.diffusion.dpm_solver_v3.estimation import f_and_derivative, point_terms, regression
+
+VP = NoiseSchedule.from_diffusers(DDPMScheduler())
+
+
+@pytest.mark.parametrize("mode", ["forward", "double-backward"])
+def test_the_statistics_of_a_gaussian_are_the_known_ones(mode):
+    mu, deviation = torch.tensor([0.5, -1.0, 0.2]).double(), torch.tensor([0.3, 0.7, 1.1]).double()
+    gaussian = GaussianMixture(mu[None], torch.ones(1).double(), deviation[None] ** 2)
+    ems = estimate_ems(noise_of(gaussian), EDM, gaussian.draw(64), 120, 64, progress=False, mode=mode)
+    l = 1 / (1 + deviation**2 * (2 * ems.lambdas[:, None]).exp())  # noqa: E741
+    assert (ems.l - l).abs().max() < 1e-6
+    assert torch.equal(ems.s, torch.zeros_like(ems.s))
+    assert (ems.b - 2 * l * (1 - l) * mu)[1:-1].abs().max() < 2e-3  # l' is one-sided at the ends
+
+
+def test_l_of_a_correlated_gaussian_is_the_diagonal_of_the_jacobian():
+    root = randn(4, 4)
+    covariance = root @ root.T
+
+    def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return t * torch.linalg.solve(covariance + t**2 * torch.eye(4).double(), x.T).T
+
+    count, i = 256, 12
+    ems = estimate_ems(eps, EDM, randn(count, 4) @ root.T, 24, count, progress=False)
+    t = torch.exp(-ems.lambdas[i])
+    jacobian = t * torch.autograd.functional.jacobian(lambda x: eps(x[None], t)[0], randn(4))
+    others = (jacobian.square().sum(1) - jacobian.diagonal().square()).sqrt()  # deviation of one probe
+    assert ((ems.l[i] - jacobian.diagonal()).abs() < 4 * others / math.sqrt(count)).all()
+
+
+def test_s_and_b_are_numpys_line_through_the_samples():
+    data, lambda_ = mixture(3, 4), torch.tensor(1.0, dtype=torch.float64)
+    clean = data.draw(200, torch.Generator().manual_seed(0))
+    terms = point_terms(noise_of(data), EDM, clean, randn(200, 3), torch.ones(200, 3).double(), lambda_)
+    l, slope = torch.tensor([0.9, 0.5, 0.2]).double(), torch.tensor([-0.3, 0.4, 0.1]).double()  # noqa: E741
+    f, derivative = f_and_derivative(terms, l, slope)
+    s, b = regression(terms.moments().divided_by(200), l, slope)
+    for i in range(3):
+        line = np.polyfit(f[:, i].numpy(), derivative[:, i].numpy(), 1)
+        assert [float(s[i]), float(b[i])] == pytest.approx(line.tolist(), rel=1e-8, abs=1e-8)
+
+
+def test_the_total_derivative_of_f_is_its_slope_along_the_flow():
+    data, lambda_, h = mixture(3, 4), torch.tensor(0.7, dtype=torch.float64), 1e-3
+    x = data.draw(20, torch.Generator().manual_seed(0)) + math.exp(-0.7) * randn(20, 3)
+    l, slope = 0.6, -0.3  # noqa: E741
+
+    def f(at: float) -> torch.Tensor:
+        sigma, moved = math.exp(-at), flow(data, x, math.exp(-0.7), math.exp(-at), 20)
+        return sigma * noise_of(data)(moved, sigma) - (l + slope * (at - 0.7)) * moved
+
+    terms = point_terms(noise_of(data), EDM, x, torch.zeros_like(x), torch.ones_like(x), lambda_)
+    _, derivative = f_and_derivative(terms, torch.tensor(l).double(), torch.tensor(slope).double())
+    assert torch.allclose(derivative, (f(0.7 + h) - f(0.7 - h)) / (2 * h), atol=1e-5)
+
+
+def test_without_common_noise_l_is_a_noisy_curve():
+    data = mixture(8, 6)
+    draw = torch.Generator().manual_seed(0)
+    points = data.draw(64, draw)
+
+    def roughness(common: bool) -> float:
+        ems = estimate_ems(noise_of(data), EDM, points, 40, 64, common_noise=common, generator=draw, progress=False)
+        return float(ems.l.diff(n=2, dim=0).square().mean())
+
+    assert roughness(True) < 0.1 * roughness(False)
+
+
+# In diffusers
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def ems(unet) -> EMS:
+    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return estimate_ems(as_epsilon(unet, VP), VP, images, 24, 64, 64, progress=False, model=unet, mode="double-backward")
+
+
+def test_the_schedulers_loop_is_the_function_bit_for_bit(unet, ems):
+    options = {"corrector": "full", "pseudo_predictor": True}
+    scheduler = DPMSolverV3Scheduler.from_config(DDPMScheduler().config, ems=ems, **options)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):  # set_timesteps forgets all of the sample before
+        scheduler.set_timesteps(6)
+        x = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(scheduler.scale_model_input(x, t), t).sample, t, x).prev_sample
+        assert torch.equal(x, sample(as_epsilon(unet, VP), noise, VP, ems, 6, **options))
+    scheduler.set_timesteps(6)
+    scheduler.step(noise, scheduler.timesteps[0], noise)  # broken off
+    scheduler.set_timesteps(6)
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x, return_dict=False)[0]
+    assert torch.equal(x, sample(as_epsilon(unet, VP), noise, VP, ems, 6, **options))
+
+
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_other_predictions_give_the_same_sample(ems, kind):
+    data_noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def run(prediction: str) -> torch.Tensor:
+        scheduler = DPMSolverV3Scheduler(ems, prediction_type=prediction)
+        scheduler.set_timesteps(5)
+        x = data_noise
+        for t in scheduler.timesteps:
+            time = VP.time(t)
+            alpha, sigma = VP.alpha(time), VP.sigma(time)
+            eps = torch.tanh(x)
+            output = {"epsilon": eps, "sample": (x - sigma * eps) / alpha, "v_prediction": alpha * eps - sigma * (x - sigma * eps) / alpha}
+            x = scheduler.step(output[prediction], t, x).prev_sample
+        return x
+
+    assert torch.allclose(run(kind), run("epsilon"), atol=1e-9)
+
+
+def test_it_samples_in_a_pipeline_of_diffusers(unet, ems):
+    pipeline = DDPMPipeline(unet, DDPMScheduler())
+    pipeline.scheduler = DPMSolverV3Scheduler.from_config(pipeline.scheduler.config, ems=ems)
+    pipeline.set_progress_bar_config(disable=True)
+    draw = torch.Generator().manual_seed(3)
+    images = pipeline(batch_size=2, generator=draw, num_inference_steps=5, output_type="pt").images
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    expected = (sample(as_epsilon(unet, VP), noise, VP, ems, 5) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(images, expected)
+
+
+def test_added_noise_is_that_of_ddpm(ems):
+    x, noise, t = torch.ones(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([0, 500, 999])
+    assert torch.allclose(DPMSolverV3Scheduler(ems).add_noise(x, noise, t), DDPMScheduler().add_noise(x, noise, t), atol=1e-5)
+
+
+def test_statistics_and_scheduler_survive_their_files(tmp_path, unet, ems):
+    scheduler = DPMSolverV3Scheduler(ems, corrector="half", spacing="time_uniform")
+    scheduler.save_pretrained(tmp_path)
+    again = DPMSolverV3Scheduler.from_pretrained(str(tmp_path))
+    assert again.config["corrector"] == "half"
+    read = EMS.from_pretrained(tmp_path, model=unet)
+    for name in ("lambdas", "l", "s", "b"):
+        assert torch.equal(getattr(again.ems, name), getattr(ems, name))
+        assert torch.equal(getattr(read, name), getattr(ems, name))
+    assert read.meta == ems.meta
+    assert read.meta["model"] == model_hash(unet)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ems.json", "ems.safetensors", "scheduler_config.json"]
+
+
+def test_scalar_statistics_are_means_and_hold_for_every_shape(ems):
+    scalar = ems.scalar()
+    assert scalar.sample_shape == (1, 1, 1)
+    assert torch.allclose(scalar.s.flatten(), ems.s.mean((1, 2, 3)))
+    assert sample(lambda x, t: x, torch.ones(1, 3, 5, 5), VP, scalar, 4).shape == (1, 3, 5, 5)
+
+
+# Bad input
+
+LINEAR = NoiseSchedule.linear()
+COARSE = EMS.data_prediction(grid(24, LINEAR))
+
+
+def still(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("ems", "schedule", "steps", "options", "words"),
+    [
+        (wavy(grid(24, LINEAR), 3), LINEAR, 5, {}, "samples are (2,), the EMS are for (3,); estimate EMS for this shape"),
+        (COARSE, EDM, 5, {}, "use the schedule that they were estimated on"),
+        (EMS.data_prediction(grid(24)), NoiseSchedule.edm(0.02, 80.0), 5, {}, "the schedule runs from sigma / alpha = 80"),
+        (COARSE, LINEAR, 25, {}, "raise num_timesteps"),
+        (COARSE, LINEAR, 20, {"spacing": "edm"}, "fall on one of the EMS' grid points"),
+        (COARSE, LINEAR, 5, {"solver_order": 5}, "solver_order is 5; expected 1 to 4"),
+        (COARSE, LINEAR, 5, {"solver_order": 0}, "solver_order is 0; expected 1 to 4"),
+        (COARSE, LINEAR, 5, {"corrector": "some"}, "corrector is 'some'; expected one of none, full, half"),
+        (COARSE, LINEAR, 0, {}, "0 steps"),
+    ],
+)
+def test_a_sampling_that_cannot_be_is_refused_with_the_remedy(ems, schedule, steps, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        sample(still, torch.zeros(1, 2), schedule, ems, steps, **options)
+
+
+def test_statistics_that_are_not_finite_are_refused_with_their_place():
+    bad = torch.zeros(25)
+    bad[7] = torch.nan
+    with pytest.raises(ValueError, match=f"s is not finite at lambda = {float(COARSE.lambdas[7]):.4f}"):
+        replace(COARSE, s=bad)
+    with pytest.raises(ValueError, match="expected \\[N \\+ 1\\]"):
+        replace(COARSE, s=torch.zeros(24))
+    with pytest.raises(ValueError, match="equal steps"):
+        replace(COARSE, lambdas=COARSE.lambdas.flip(0))
+
+
+def test_another_models_statistics_are_refused(tmp_path, unet, ems):
+    ems.save_pretrained(tmp_path)
+    other = UNet2DModel.from_config(unet.config)
+    with pytest.raises(ValueError, match="estimate EMS for this checkpoint"):
+        EMS.from_pretrained(tmp_path, model=other)
+    with pytest.raises(FileNotFoundError, match="has no ems.safetensors"):
+        EMS.from_pretrained(tmp_path / "nowhere")
+
+
+def test_data_that_the_model_does_not_take_are_refused(unet):
+    with pytest.raises(ValueError, match="does not take samples .*give data of its own shape"):
+        estimate_ems(as_epsilon(unet, VP), VP, torch.zeros(64, 3, 8, 8), 8, 64, progress=False)
+    with pytest.raises(ValueError, match="expected the shape of x"):
+        estimate_ems(lambda x, t: x[:, :1], VP, torch.zeros(64, 3), 8, 64, progress=False)
+    with pytest.raises(ValueError, match="expected floating-point samples"):
+        estimate_ems(still, VP, torch.zeros(64, 3, dtype=torch.uint8), 8, 64, progress=False)
+
+
+class NoForward(torch.autograd.Function):
+    """A tanh that has a backward alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
+
+
+def test_a_network_without_forward_derivatives_is_offered_the_other_mode():
+    with pytest.raises(ValueError, match='mode="double-backward"'):
+        estimate_ems(lambda x, t: NoForward.apply(x), LINEAR, randn(64, 2), 8, 64, progress=False)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    ours = estimate_ems(
+        lambda x, t: NoForward.apply(x), LINEAR, randn(64, 2), 8, 64, generator=draws[0], progress=False, mode="double-backward"
+    )
+    twin = estimate_ems(lambda x, t: torch.tanh(x), LINEAR, randn(64, 2), 8, 64, generator=draws[1], progress=False)
+    assert torch.allclose(ours.s, twin.s, atol=1e-5)
+
+
+def test_few_samples_are_warned_of():
+    with pytest.warns(UserWarning, match="63 samples give noisy statistics"):
+        estimate_ems(still, LINEAR, randn(63, 2), 4, 63, progress=False)
+
+
+def test_steps_out_of_turn_are_refused(ems):
+    scheduler, x = DPMSolverV3Scheduler(ems), torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="call set_timesteps"):
+        scheduler.step(x, 999.0, x)
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="expected 999"):
+        scheduler.step(x, 10.0, x)
+    for t in scheduler.timesteps:
+        scheduler.step(x, t, x)
+    with pytest.raises(ValueError, match="all steps are taken"):
+        scheduler.step(x, 0.0, x)
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="the EMS are for"):
+        scheduler.step(torch.zeros(1, 1, 16, 16), scheduler.timesteps[0], torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="from_config without EMS"):
+        DPMSolverV3Scheduler.from_config(DDPMScheduler().config)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        DPMSolverV3Scheduler.from_config(DDPMScheduler(rescale_betas_zero_snr=True).config, ems=ems)
+    with pytest.raises(ValueError, match="prediction_type 'flow'"):
+        DPMSolverV3Scheduler(ems, prediction_type="flow")
+
+
+def test_another_schedules_statistics_are_refused_by_the_scheduler(ems):
+    with pytest.raises(ValueError, match="use the schedule that they were estimated on"):
+        DPMSolverV3Scheduler(ems, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).set_timesteps(5)
+
+
+# `fewer ems`
+
+
+@pytest.fixture
+def files(tmp_path, unet):
+    """A model's directory and one of images."""
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+def test_the_verb_writes_statistics_that_the_scheduler_takes(fewer, files, unet):
+    done = fewer("ems", "model", "images", "--out", "ems", "--timesteps", "8", "--samples", "64", "--json", cwd=files)
+    assert json.loads(done.stdout) == {"out": "ems", "timesteps": 8, "samples": 64, "shape": [1, 8, 8], "model": model_hash(unet)}
+    written = EMS.from_pretrained(files / "ems", model=unet)
+    DPMSolverV3Scheduler(written).set_timesteps(5)
+
+
+def test_what_is_no_model_and_images_of_another_size_are_refused(files):
+    with pytest.raises(FileNotFoundError, match="unet/config.json is no file"):
+        load_model(files / "images")
+    with pytest.raises(FileNotFoundError, match="no .png"):
+        read_images(files / "model", 1, 8)
+    Image.new("L", (9, 8)).save(files / "images" / "wide.png")
+    with pytest.raises(ValueError, match="wide.png is 9 x 8; expected 8 x 8"):
+        read_images(files / "images", 1, 8)
+    (files / "ems").mkdir()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        ems_command(files / "model", files / "images", files / "ems")
