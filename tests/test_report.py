@@ -45,6 +45,24 @@ def test_a_run_fits_the_width_and_keeps_its_words(record, width):
         assert "".join(words.split()) in squeezed or width == 60
 
 
+def test_a_point_of_a_curve_may_be_a_column(record):
+    results = record.results()
+    text = written(run_view(record), 160)
+    assert "error of 8" in text
+    for arm in ("median", "mean"):
+        assert show(float(results.mean("error", arm, size=8)), "") in text
+
+
+def test_methods_stand_under_their_areas_and_fit_a_narrow_terminal(card):
+    cards = [*papers.cards(), card]
+    for width in (60, 80, 160):
+        text = written(CardsTable(cards), width)
+        assert max(map(len, text.splitlines())) <= width
+        assert all(each.slug in text for each in cards)
+        assert text.index("forward only") < text.index("backprop-free-mlps") < text.index("statistics") < text.index("guessing")
+    assert "saves" in text
+
+
 def test_a_card_shows_all_that_it_says(card):
     text = " ".join(written(card_view(card), 200).split())
     for said in (card.title, card.summary, card.when_not, card.costs, card.replaces, *card.authors):

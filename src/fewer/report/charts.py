@@ -7,6 +7,7 @@ A chart is made from a record and the study's own declaration of it. Text and ax
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9
 WIDTH, ROW, FONT = 270, 28, 14
 LABELS = 170  # pixels for an arm's name
 WIDEST_FULL_TICKS = 100  # a logarithmic axis up to this ratio shows 1, 2 and 5 of each decade
+TITLE_WIDTH = 52  # characters of a panel's title
+FEW_TICKS = 9
 WIDE = 10  # ratios that span more than this are drawn on a logarithmic axis
 
 
@@ -63,7 +66,7 @@ def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]
     """The chart's data in words: column names and rows."""
     match declaration:
         case Curve(over=over, figure=figure):
-            unit = _figure(record, figure).unit
+            unit = _figure(record, figure, of_curve=True).unit
             rows = [
                 [p["arm"], f"{p['at']:g}", show(p["mean"], unit), show(p["low"], unit), show(p["high"], unit)]
                 for p in _curve_points(record, declaration)
@@ -132,19 +135,29 @@ def _curve(record: Record, declaration: Curve) -> Any:
     points = _curve_points(record, declaration)
     if not points:
         return None
-    figure = _figure(record, declaration.figure)
+    figure = _figure(record, declaration.figure, of_curve=True)
     y_scale = alt.Scale(type="log" if declaration.log else "linear", zero=False, nice=True)
-    x_title = _axis_title(record, declaration.x or declaration.over)
+    x_title = _axis_title(record, declaration.x or declaration.over, of_curve=True)
     base = alt.Chart(alt.Data(values=_in_unit(points, figure, "mean", "low", "high"))).encode(
-        x=alt.X("x:Q", title=x_title, scale=alt.Scale(type="log" if declaration.log_x else "linear", zero=False)),
+        x=alt.X("x:Q", title=x_title, scale=alt.Scale(type="log" if declaration.log_x else "linear", zero=False), axis=_ticks(points)),
         color=_colours(record, {point["arm"] for point in points}),
     )
-    band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=y_scale, title=_axis_title(record, declaration.figure)), y2="high:Q")
+    band = base.mark_area(opacity=0.18).encode(
+        y=alt.Y("low:Q", scale=y_scale, title=_axis_title(record, declaration.figure, of_curve=True)), y2="high:Q"
+    )
     line = base.mark_line(strokeWidth=2).encode(
         y=alt.Y("mean:Q", scale=y_scale), strokeDash=_dashes(record, {point["arm"] for point in points})
     )
     ends = base.mark_point(filled=True, size=30).encode(y=alt.Y("mean:Q", scale=y_scale))
     return (band + line + ends).properties(width=WIDTH + LABELS - 40, height=300)
+
+
+def _ticks(points: list[dict[str, Any]]) -> Any:
+    """Where they are few, a tick for each coordinate; else some, none over another."""
+    import altair as alt
+
+    places = sorted({point["x"] for point in points})
+    return alt.Axis(format="~g", labelOverlap=True, values=places) if len(places) <= FEW_TICKS else alt.Axis(labelOverlap=True, tickCount=6)
 
 
 # Bars and differences
@@ -158,7 +171,7 @@ def _ratios(record: Record, declaration: Bars) -> list[dict[str, Any]]:
                 continue
             try:
                 ratio = (
-                    results.ratio(figure, name, arm.against).value
+                    results.ratio(figure, name, arm.against, **_figure(record, figure).at).value
                     if results.has(figure, name) and results.has(figure, arm.against)
                     else np.nan
                 )
@@ -200,7 +213,8 @@ def _bars(record: Record, declaration: Bars) -> Any:
         )
         text = base.mark_text(align="left", dx=9, color=INK, fontSize=FONT).encode(x="text_at:Q", text="text:N")
         one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x=alt.X("one:Q"))
-        panels.append((one + stems + dots + text).properties(width=WIDTH, height=ROW * len(own), title=f"{figure}, 1 = the same"))
+        heading = textwrap.wrap(f"{figure}, 1 = the same", TITLE_WIDTH)
+        panels.append((one + stems + dots + text).properties(width=WIDTH, height=ROW * len(own), title=heading))
     return alt.vconcat(*panels, spacing=18)
 
 
@@ -210,7 +224,7 @@ def _differences(record: Record, declaration: Difference) -> list[dict[str, Any]
         if arm.against not in record.arms or not results.has(declaration.figure, name) or not results.has(declaration.figure, arm.against):
             continue
         try:
-            estimate = results.difference(declaration.figure, name, arm.against)
+            estimate = results.difference(declaration.figure, name, arm.against, **_figure(record, declaration.figure).at)
         except NotTestable:
             continue
         rows.append(
@@ -252,7 +266,7 @@ def _tradeoff_points(record: Record, declaration: Tradeoff) -> list[dict[str, An
     quality, cost = _figure(record, declaration.quality), _figure(record, declaration.cost)
     results, points = record.results(), []
     for name, arm in record.arms.items():
-        q, c = seed_values(results, quality.name, name), seed_values(results, cost.name, name)
+        q, c = seed_values(results, quality, name), seed_values(results, cost, name)
         if len(q) and len(c) and np.isfinite(q.mean()) and np.isfinite(c.mean()):
             points.append({"arm": arm.label, "quality": float(q.mean()), "cost": float(c.mean())})
     up = -1 if quality.better == "lower" else 1
@@ -293,18 +307,20 @@ def _tradeoff(record: Record, declaration: Tradeoff) -> Any:
 # Shared
 
 
-def _figure(record: Record, name: str) -> Figure:
-    return next(
-        (figure for figure in record.shown if figure.name == name), Figure(name, name.replace("_", " ").replace(".", " "), better="")
-    )
+def _figure(record: Record, name: str, *, of_curve: bool = False) -> Figure:
+    """The figure of that name; of several the first, or, for a curve, the one that is not tied to one of its points."""
+    named = [figure for figure in record.shown if figure.name == name]
+    if of_curve:
+        named.sort(key=lambda figure: bool(figure.at))
+    return named[0] if named else Figure(name, name.replace("_", " ").replace(".", " "), better="")
 
 
 def _label(record: Record, name: str) -> str:
     return _figure(record, name).label
 
 
-def _axis_title(record: Record, name: str) -> str:
-    figure = _figure(record, name)
+def _axis_title(record: Record, name: str, *, of_curve: bool = False) -> str:
+    figure = _figure(record, name, of_curve=of_curve)
     unit = "MiB" if figure.unit == "bytes" else figure.unit
     return f"{figure.label} ({unit})" if unit else figure.label
 

@@ -96,7 +96,7 @@ def _cells(record: Record) -> list[dict[str, Any]]:
     for name, arm in record.arms.items():
         cells = []
         for figure in terminal.tabled(record):
-            values = terminal.seed_values(results, figure.name, name)
+            values = terminal.seed_values(results, figure, name)
             if not len(values):
                 cells.append({"mean": "–", "spread": "", "better": False})
                 continue

@@ -21,7 +21,7 @@ from fewer.report.quantities import show
 from fewer.study.figures import Curve, Figure
 from fewer.study.races import RaceOutcome
 from fewer.study.recording import Record
-from fewer.study.results import Results
+from fewer.study.results import Results, coordinates_key
 from fewer.study.settings import RecordedTuning
 from fewer.study.verdicts import Verdict
 
@@ -156,13 +156,13 @@ class ResultsTable:
 
 
 def tabled(record: Record) -> list[Figure]:
-    """The shown figures that are logged without coordinates by an arm: columns of a table, where others are curves."""
+    """The shown figures that an arm logs at their coordinates (most have none): columns of a table, where others are curves."""
     results = record.results()
-    return [figure for figure in record.shown if any(len(seed_values(results, figure.name, arm)) for arm in record.arms)]
+    return [figure for figure in record.shown if any(len(seed_values(results, figure, arm)) for arm in record.arms)]
 
 
 def _cell(results: Results, figure: Figure, arm: str, against: str | None) -> str:
-    values = seed_values(results, figure.name, arm)
+    values = seed_values(results, figure, arm)
     if not len(values):
         return "-"
     mean = float(np.mean(values))
@@ -175,17 +175,17 @@ def _cell(results: Results, figure: Figure, arm: str, against: str | None) -> st
     return f"{show(mean, figure.unit)}{star}{spread}"
 
 
-def seed_values(results: Results, figure: str, arm: str) -> np.ndarray:
-    """An arm's values of a figure without coordinates, NaN included; empty where there are none."""
-    if not results.has(figure, arm):
+def seed_values(results: Results, figure: Figure, arm: str) -> np.ndarray:
+    """An arm's values of a figure at its coordinates, NaN included; empty where there are none."""
+    if not results.has(figure.name, arm):
         return np.array([])
-    by_seed = results.curve(figure, arm).get((), {})
+    by_seed = results.curve(figure.name, arm).get(coordinates_key(figure.at), {})
     return np.array([by_seed[seed] for seed in sorted(by_seed)])
 
 
 def is_better(results: Results, figure: Figure, arm: str, against: str) -> bool:
     """Whether an arm's mean is the better one; of NaN neither is."""
-    mine, theirs = seed_values(results, figure.name, arm), seed_values(results, figure.name, against)
+    mine, theirs = seed_values(results, figure, arm), seed_values(results, figure, against)
     if not figure.better or not len(mine) or not len(theirs):
         return False
     return bool(mine.mean() > theirs.mean() if figure.better == "higher" else mine.mean() < theirs.mean())

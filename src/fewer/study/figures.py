@@ -16,6 +16,7 @@ class Figure(msgspec.Struct, frozen=True):
         unit: "%" shows a fraction times 100; "s", "bytes", "J" and "FLOP" are scaled for reading; "" is a plain number.
         better: which way is better; "" where neither is.
         detail: shown on the page, left out of the terminal.
+        at: the coordinates whose value the tables show, where a figure is logged at some.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Figure(msgspec.Struct, frozen=True):
     unit: str = ""
     better: Literal["higher", "lower", ""] = "lower"
     detail: bool = False
+    at: dict[str, Any] = {}
 
 
 class Curve(msgspec.Struct, frozen=True, tag="curve"):

@@ -12,11 +12,12 @@ from typing import Any
 from fewer.errors import DataUnavailable
 from fewer.study import Curve, Difference, Figure, LogUniform, Study
 
+EIGHT = Figure("error", "error of 8 numbers", at={"size": 8})
 study = Study(
     "guessing",
     question="How near does a guess come?",
     baseline="median",
-    figures=[Figure("final", "error"), Figure("work.seconds", "time", "s"), Figure("unknown", "not logged")],
+    figures=[Figure("final", "error"), Figure("work.seconds", "time", "s"), EIGHT, Figure("unknown", "not logged")],
     charts=[Curve("error", over="size"), Difference("final")],
     memory_limit=4 * 2**30,
 )
