@@ -38,7 +38,8 @@ def by_diffusers(name: str, denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tens
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     if name.startswith("unipc"):
-        scheduler: Any = UniPCMultistepScheduler(solver_order=3, solver_type=name[-3:], final_sigmas_type="sigma_min")
+        kind: Any = name[-3:]
+        scheduler: Any = UniPCMultistepScheduler(solver_order=3, solver_type=kind, final_sigmas_type="sigma_min")
     else:
         order = {"ddim": 1, "dpm++2m": 2, "dpm++3m": 3}[name]
         scheduler = DPMSolverMultistepScheduler(solver_order=order, final_sigmas_type="sigma_min")
@@ -110,4 +111,5 @@ def statistics_of(name: str, flow: Flow, data: Tensor, n: int, k: int, common: b
 
     from safetensors.torch import load_file
 
-    return EMS(**load_file(made_once(folder_of("ems", name, what), make) / FILE))
+    read = load_file(made_once(folder_of("ems", name, what), make) / FILE)
+    return EMS(read["lambdas"], read["l"], read["s"], read["b"])

@@ -28,6 +28,7 @@ from fewer.diffusion.dpm_solver_v3.ems import EMS, model_hash
 Mode = Literal["forward", "double-backward"]
 FEWEST_SAMPLES = 64
 NO_VARIANCE = 1e-10  # of E f^2: below it f is a constant and s is 0 (not in the paper)
+ROUNDING = 1e-14  # of the sums that f^2 is a difference of
 PRODUCTS = ("u", "y", "p", "uu", "uy", "yy", "up", "yp")  # p stands for u'
 
 
@@ -73,7 +74,7 @@ def regression(moments: Moments, l: Tensor, slope: Tensor) -> tuple[Float64[Tens
     square = m["uu"] + 2 * c * m["uy"] + c**2 * m["yy"]
     product = m["up"] + c * uq + d * m["uy"] + c * (m["yp"] + c * yq + d * m["yy"])
     variance = square - mean_f**2
-    varies = variance > NO_VARIANCE * square
+    varies = variance > NO_VARIANCE * square + ROUNDING * (m["uu"] + c**2 * m["yy"])
     s = torch.where(varies, (product - mean_f * mean_derivative) / torch.where(varies, variance, 1.0), 0.0)
     return s, mean_derivative - s * mean_f
 
@@ -87,8 +88,8 @@ def point_terms(
         probe: v of +1 and -1, shaped like x.
         lambda_: float64 scalar.
     """
-    t, t_slope = torch.func.jvp(schedule.inverse, (lambda_,), (torch.ones_like(lambda_),))  # dt / dlambda
-    _, log_alpha_slope = torch.func.jvp(lambda value: schedule.log_alpha(schedule.inverse(value)), (lambda_,), (torch.ones_like(lambda_),))
+    t, t_slope = _jvp(schedule.inverse, (lambda_,), (torch.ones_like(lambda_),))  # dt / dlambda
+    _, log_alpha_slope = _jvp(lambda value: schedule.log_alpha(schedule.inverse(value)), (lambda_,), (torch.ones_like(lambda_),))
     alpha, sigma = schedule.alpha(t).to(clean), schedule.sigma(t).to(clean)
     x = alpha * clean + sigma * noise
     product = _jvp if mode == "forward" else _double_backward

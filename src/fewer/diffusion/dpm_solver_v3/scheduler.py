@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         self._solver: Multistep | None = None
 
     @classmethod
-    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From another scheduler's config, with `ems=`; keywords override what stands in it.
 
         Raises:
@@ -106,12 +105,11 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         """
         if "ems" not in kwargs:
             raise ValueError("from_config without EMS; expected from_config(config, ems=...): estimate_ems(...) makes them")
-        given: Any = config
-        if isinstance(given, Mapping) and given.get("rescale_betas_zero_snr"):
+        if config.get("rescale_betas_zero_snr"):
             raise ValueError(
                 "rescale_betas_zero_snr makes lambda infinite at the last time; expected a schedule with some signal at its end"
             )
-        return super().from_config(given, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
