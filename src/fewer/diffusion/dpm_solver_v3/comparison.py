@@ -97,6 +97,20 @@ def random_mixture(dim: int, components: int) -> GaussianMixture:
     return GaussianMixture(means, weights, (0.02 + 0.1 * each) * shared.clamp(min=0.01))
 
 
+def exact_ends(data: GaussianMixture, x: Tensor, sigma_max: float, sigma_min: float) -> Tensor:
+    """Where the exact flow takes noises x, made once on a machine."""
+    digest = hashlib.sha256(b"".join(each.numpy().tobytes() for each in (data.means, data.weights, data.variances, x))).hexdigest()
+
+    def make(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({"x": data.transport(x, sigma_max, sigma_min)}, folder / FILE)
+
+    from safetensors.torch import load_file
+
+    return load_file(made_once(folder_of("flows", "mixture", {"of": digest, "ends": [sigma_max, sigma_min]}), make) / FILE)["x"]
+
+
 def statistics_of(name: str, flow: Flow, data: Tensor, n: int, k: int, common: bool = True, mode: Mode = "forward", model: str = "") -> EMS:
     """EMS of a flow, estimated once on a machine."""
     digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewer.diffusion._shared import NoiseSchedule
-from fewer.diffusion.dpm_solver_v3.comparison import Flow, by_diffusers, by_heun, noise_levels, random_mixture, statistics_of
+from fewer.diffusion.dpm_solver_v3.comparison import Flow, by_diffusers, by_heun, exact_ends, noise_levels, random_mixture, statistics_of
 from fewer.diffusion.dpm_solver_v3.ems import EMS
 from fewer.diffusion.dpm_solver_v3.multistep import preset, sample
 from fewer.study import Curve, Estimate, Figure, NotTestable, Results, Scale, Study, Trial
@@ -24,7 +24,7 @@ from fewer.tasks import DigitsDiffusion, frechet_distance, load_digits_diffusion
 
 CALLS = (5, 6, 8, 10, 12, 15, 20)
 MANY = 40  # steps at which noise in the statistics shows
-NOISES, POINTS, JUDGED = 200, 100, 1000
+NOISES, POINTS, JUDGED = 200, {16: 100, 64: 16}, 1000
 SIGMA_MAX, SIGMA_MIN, GUIDANCE = 80.0, 0.02, 4.0
 PEERS = ("dpm++2m", "dpm++3m", "unipc-bh1", "unipc-bh2")
 
@@ -79,7 +79,7 @@ def task(scale: Scale) -> Task:
     flows, mixtures = {}, {}
     for name, dim, components in (("mixture16", 16, 10), ("mixture64", 64, 50)):
         data, ends = random_mixture(dim, components), NoiseSchedule.edm(0.02, 20.0)
-        flows[name] = Flow(data.denoiser, ends, lambda x, data=data: data.transport(x, 20.0, 0.02))
+        flows[name] = Flow(data.denoiser, ends, lambda x, data=data: exact_ends(data, x, 20.0, 0.02))
         points = data.draw(512, torch.Generator().manual_seed(2))
         for common in (True, False):
             mixtures[name if common else f"{name}-independent"] = lambda f=flows[name], p=points, n=name, c=common: statistics_of(
@@ -94,12 +94,19 @@ def task(scale: Scale) -> Task:
 Solve = Callable[[Flow, Tensor, int, EMS], Tensor]
 
 
-def measure(job: Task, trial: Trial, solve: Solve, statistics: str = "full", change: Callable[[EMS], EMS] = lambda ems: ems) -> None:
+def measure(
+    job: Task,
+    trial: Trial,
+    solve: Solve,
+    statistics: str = "full",
+    change: Callable[[EMS], EMS] = lambda ems: ems,
+    guided: Solve | None = None,
+) -> None:
     """Log an arm's errors at every number of calls."""
     draw = torch.Generator().manual_seed(1000 + trial.seed)
     x = SIGMA_MAX * torch.randn(NOISES, *job.digits.shape, generator=draw)
     label = torch.randint(10, (NOISES,), generator=draw)
-    points = {dim: 20 * torch.randn(POINTS, dim, generator=draw, dtype=torch.float64) for dim in (16, 64)}
+    points = {dim: 20 * torch.randn(rows, dim, generator=draw, dtype=torch.float64) for dim, rows in POINTS.items()}
     ems = change(job.statistics[statistics]())
     suffix = "-independent" if statistics == "independent" else ""
     flows: list[tuple[str, Flow, Tensor, EMS]] = [
@@ -111,8 +118,9 @@ def measure(job: Task, trial: Trial, solve: Solve, statistics: str = "full", cha
     short = {"digits": "error", "guided": "guided", "mixture16": "mixture"}
     for name, flow, noise, its_ems in flows:
         exact = flow.reference(noise)
-        for calls in CALLS if name != "mixture64" else (5, 10, 20, MANY):
-            error = float((solve(flow, noise, calls, its_ems) - exact).square().mean().sqrt())
+        for calls in CALLS if name != "mixture64" else (10, MANY):
+            one = guided if guided and name == "guided" else solve
+            error = float((one(flow, noise, calls, its_ems) - exact).square().mean().sqrt())
             trial.log("error", error, data=name, calls=calls)
             if name in short and calls in (5, 10, 20):
                 trial.log(f"{short[name]}_at_{calls}", error)
@@ -132,7 +140,7 @@ def corrected(calls: int) -> dict[str, Any]:
 
 @study.arm("v3", label="DPM-Solver-v3, preset")
 def v3_preset(job: Task, trial: Trial) -> None:
-    measure(job, trial, v3(preset))
+    measure(job, trial, v3(preset), guided=v3(lambda calls: preset(calls, guided=True)))
 
 
 @study.arm("v3-corrector", label="v3, corrector always")
