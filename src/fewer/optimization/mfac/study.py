@@ -234,6 +234,8 @@ def more_is_not_worse(results: Results) -> Any:
 @study.claim(
     "M-FAC (m = 512) reaches SGD's final validation loss in fewer steps than SGD takes",
     paper="on par with or better than tuned SGD and Adam (m = 512 and 1024)",
+    if_fails="it ended lower than SGD in the mean (0.524 against 0.533), but one seed of three stopped at 0.535 and so never reached SGD's "
+    "mean; 240 steps do not even fill a window of 512",
 )
 def fewer_steps(results: Results) -> Any:
     final = float(results.mean("final_loss", "sgd"))
@@ -246,7 +248,12 @@ def step_time(results: Results) -> Any:
     return results.ratio("step_seconds", "mfac-128", "sgd") <= 2
 
 
-@study.claim("The time of a push with its product is linear in d (log-log slope 0.9 to 1.1)", paper="O(d m + m^2) per product")
+@study.claim(
+    "The time of a push with its product is linear in d (log-log slope 0.9 to 1.1)",
+    paper="O(d m + m^2) per product",
+    if_fails="it grows a little more slowly: two threads share out the work of long gradients better than that of short ones (on one core the "
+    "slope was 1.05)",
+)
 def linear_in_d(results: Results) -> Any:
     exponent = results.mean("slope_over_d", "window")
     return (exponent >= 0.9) & (exponent <= 1.1)
