@@ -24,7 +24,7 @@ from fewer.tasks import DigitsDiffusion, frechet_distance, load_digits_diffusion
 
 CALLS = (5, 6, 8, 10, 12, 15, 20)
 MANY = 40  # steps at which noise in the statistics shows
-NOISES, POINTS, JUDGED = 200, {16: 100, 64: 16}, 1000
+NOISES, POINTS, JUDGED = 100, {16: 100, 64: 16}, 1000
 SIGMA_MAX, SIGMA_MIN, GUIDANCE = 80.0, 0.02, 4.0
 PEERS = ("dpm++2m", "dpm++3m", "unipc-bh1", "unipc-bh2")
 
@@ -192,6 +192,11 @@ ablation("n30", "N = 30", "n30")
 
 # What the paper claims
 
+UNCORRECTED = (
+    "the preset is that of the released scripts, which leave the corrector out above 6 calls for models of EDM; the arm that always "
+    "corrects leaves less error than every peer at 10 and at 20 calls"
+)
+
 
 def beside_the_best(results: Results, arm: str, calls: int, data: str = "digits") -> Estimate:
     """The error over that of the peer with the least."""
@@ -207,7 +212,11 @@ def at_5(results: Results) -> Any:
     return (beside_the_best(results, "v3", 5) <= 0.9) & (beside_the_best(results, "v3", 5, "mixture16") <= 0.9)
 
 
-@study.claim("10 calls leave at most 0.75 of the best peer's error", paper="CIFAR-10 EDM, 10 calls: FID 2.51 against 2.85")
+@study.claim(
+    "10 calls leave at most 0.75 of the best peer's error",
+    paper="CIFAR-10 EDM, 10 calls: FID 2.51 against 2.85",
+    if_fails=UNCORRECTED,
+)
 def at_10(results: Results) -> Any:
     return beside_the_best(results, "v3", 10) <= 0.75
 
@@ -229,7 +238,7 @@ def first_order(results: Results) -> Any:
     return (five <= 0.65) & (ten <= 0.65)
 
 
-@study.claim("An error of 0.02 takes at most 0.9 of the best peer's calls", paper="15 to 30 % of the calls saved")
+@study.claim("An error of 0.02 takes at most 0.9 of the best peer's calls", paper="15 to 30 % of the calls saved", if_fails=UNCORRECTED)
 def calls_to_an_error(results: Results) -> Any:
     def needed(arm: str) -> np.ndarray:
         return results.threshold("error", arm, over="calls", reach=0.02, better="lower", data="digits").per_seed
@@ -238,12 +247,20 @@ def calls_to_an_error(results: Results) -> Any:
     return bootstrap(lambda a, b: a / b, needed("v3"), best, what="calls to an error of 0.02, v3 / best peer") <= 0.9
 
 
-@study.claim("20 calls leave at most 1.1 of the best peer's error", paper="CIFAR-10 EDM, 20 calls: FID 2.02 against 2.01")
+@study.claim(
+    "20 calls leave at most 1.1 of the best peer's error",
+    paper="CIFAR-10 EDM, 20 calls: FID 2.02 against 2.01",
+    if_fails=UNCORRECTED,
+)
 def at_20(results: Results) -> Any:
     return beside_the_best(results, "v3", 20) <= 1.1
 
 
-@study.claim("Common noise leaves at most 0.2 of independent noise's error at 40 steps on the 64-dimensional mixture")
+@study.claim(
+    "Common noise leaves at most 0.2 of independent noise's error at 40 steps on the 64-dimensional mixture",
+    if_fails="512 independent draws make l six times as rough as common ones, which costs at most a factor of two here; with 64 draws, and with four "
+    "times as many grid points, the factor was 8 to 9",
+)
 def common_noise(results: Results) -> Any:
     return results.ratio("error", "v3-corrector", "independent", data="mixture64", calls=MANY) <= 0.2
 
@@ -251,3 +268,17 @@ def common_noise(results: Results) -> Any:
 @study.claim("FID on CIFAR-10, LSUN and Stable Diffusion", paper="the card's results")
 def images(results: Results) -> Any:
     raise NotTestable("their weights are not to be had here; the Frechet distance of these digits is mostly the model's own error")
+
+
+@study.summary
+def summary(results: Results) -> str:
+    def of_the_best(arm: str, calls: int, data: str = "digits") -> str:
+        return f"{beside_the_best(results, arm, calls, data).value:.2f}"
+
+    order_1 = results.ratio("error", "v3-order-1", "ddim", data="digits", calls=10).value
+    return (
+        f"With 5 network calls DPM-Solver-v3 left {of_the_best('v3', 5)} of the error of the best peer on digits and "
+        f"{of_the_best('v3', 5, 'mixture16')} on an exact mixture; with 10 calls {of_the_best('v3', 10)} as released, and "
+        f"{of_the_best('v3-corrector', 10)} with its corrector always on (20 calls: {of_the_best('v3', 20)} and "
+        f"{of_the_best('v3-corrector', 20)}). At order 1 it left {order_1:.2f} of DDIM's error with 10 calls."
+    )
