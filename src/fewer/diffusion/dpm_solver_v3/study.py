@@ -24,7 +24,8 @@ from fewer.tasks import DigitsDiffusion, frechet_distance, load_digits_diffusion
 
 CALLS = (5, 6, 8, 10, 12, 15, 20)
 MANY = 40  # steps at which noise in the statistics shows
-NOISES, POINTS, JUDGED = 100, {16: 100, 64: 16}, 1000
+# Most of the error on a mixture lies in the few points near the border of two components: it takes many to know it.
+NOISES, POINTS, JUDGED = 100, {16: 1000, 64: 16}, 1000
 SIGMA_MAX, SIGMA_MIN, GUIDANCE = 80.0, 0.02, 4.0
 PEERS = ("dpm++2m", "dpm++3m", "unipc-bh1", "unipc-bh2")
 
@@ -207,6 +208,8 @@ def beside_the_best(results: Results, arm: str, calls: int, data: str = "digits"
 @study.claim(
     "5 calls leave at most 0.9 of the best peer's error, on digits and on the mixture",
     paper="CIFAR-10 EDM, 5 calls: FID 12.21 against 23.52",
+    if_fails="on the mixture one point in twenty, near the border of two components, carries 90 % of the squared error, so that even 1,000 "
+    "points leave the ratio uncertain (the median point's error is less than half of the best peer's)",
 )
 def at_5(results: Results) -> Any:
     return (beside_the_best(results, "v3", 5) <= 0.9) & (beside_the_best(results, "v3", 5, "mixture16") <= 0.9)
