@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def random_network(rng) -> tuple[nn.Module, tuple[int, ...]]:
     if kind == "mlp":
         sizes = [int(each) for each in rng.integers(1, 40, rng.integers(2, 5))]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after, bias=bool(rng.integers(2))), activation()]
             if rng.random() < 0.3:
                 layers.append(nn.BatchNorm1d(after))
@@ -112,7 +113,7 @@ def run_together(folder, models, number, flags=("-O2",), wrap=(), nan=False) -> 
         calls.append(
             f"static void call{index}(void) {{ static const {number.type} x[] = {{{values}}}; {number.type} y[{network.outputs}];\n"
             f"{name}_state s; {name}_reset(&s); {name}_predict(x, y, &s); {name}_reset(&s); {name}_predict(x, y, &s);\n"
-            f'for (int i = 0; i < {network.outputs}; i++) printf("%.17g ", (double)y[i]); printf("\\n"); }}\n'
+            f'for (int i = 0; i < {network.outputs}; i++) printf("%.17g ", (double)y[i]);\nprintf("\\n"); }}\n'
         )
     main = "".join(sources) + "#include <stdio.h>\n" + "".join(calls)
     main += "int main(void) {\n" + "".join(f"call{index}();\n" for index in range(len(calls))) + "return 0; }\n"
@@ -248,7 +249,9 @@ def test_generated_derivatives_equal_autograd(tmp_path):
     import ctypes
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 20), nn.Tanh(), nn.Linear(20, 7), nn.GELU(), nn.Linear(7, 6), nn.Softplus(), nn.Linear(6, 3), nn.Sigmoid())
+    model = nn.Sequential(
+        nn.Linear(5, 20), nn.Tanh(), nn.Linear(20, 7), nn.GELU(), nn.Linear(7, 6), nn.Softplus(), nn.Linear(6, 3), nn.Sigmoid()
+    )
     compiled = compile_to_c(model.double(), torch.zeros(1, 5).double(), tmp_path, dtype="double", derivatives=True)
     library, x, w, v = ctypes.CDLL(str(compiled.build())), torch.randn(5).double(), torch.randn(3).double(), torch.randn(5).double()
     jacobian, hessian, value, product = np.zeros((3, 5)), np.zeros((3, 5, 5)), np.zeros(3), np.zeros(5)

@@ -13,7 +13,6 @@ from torch import nn
 
 from fewer.control.smart_composites.comparison import CASES, onnx_session, sklearn_mlp
 from fewer.control.smart_composites.compiler import CompiledNetwork, compile_to_c
-from fewer.control.smart_composites.toolchain import build_library
 from fewer.study import Bench
 
 bench = Bench("smart-composites")

@@ -65,7 +65,9 @@ def derivative_text(prefix: str, network: Network, names: list[tuple[str, int]],
             f"    const int width = first < {whole} ? {panel} : {max(outputs - whole, 1)};\n"
             f"    return {prefix}_{w}[first * {inputs} + i * width + (o - first)];\n}}\n"
         )
-        sigma = slopes(layer.activation[0], layer.activation, number) if layer.activation else f"v = h; d1 = {number.literal(1)}; d2 = {zero};"
+        sigma = (
+            slopes(layer.activation[0], layer.activation, number) if layer.activation else f"v = h; d1 = {number.literal(1)}; d2 = {zero};"
+        )
         text += (
             f"static void {prefix}_slopes{at}(const {t} *x, {t} *y, {t} *first, {t} *second)\n{{\n"
             f"    for (int o = 0; o < {outputs}; o++) {{\n        {t} h = {prefix}_{w}_bias[o], v, d1, d2;\n"

@@ -42,7 +42,9 @@ def network_of(model: nn.Module | str | Path, example_input: torch.Tensor | None
         return simplified(network_from_onnx(path))
     if path.suffix == ".pt2":
         return simplified(network_from_export(torch.export.load(path)))
-    raise ValueError(f"{path}: a file {path.suffix or 'without a suffix'}; expected .onnx or .pt2 (Keras HDF5 and TFLite are not read: export to ONNX)")
+    raise ValueError(
+        f"{path}: a file {path.suffix or 'without a suffix'}; expected .onnx or .pt2 (Keras HDF5 and TFLite are not read: export to ONNX)"
+    )
 
 
 def compile_to_c(
@@ -253,7 +255,7 @@ def reference(model: nn.Module | str | Path, x: np.ndarray) -> np.ndarray:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    evaluator = ReferenceEvaluator(onnx.load(model))
+    evaluator: Any = ReferenceEvaluator(onnx.load(model))
     return np.asarray(evaluator.run(None, {evaluator.input_names[0]: x})[0])
 
 

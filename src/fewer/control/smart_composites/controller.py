@@ -96,13 +96,17 @@ class PredictiveController:
         if not 1 <= self.nu <= self.n2:
             raise ValueError(f"control_horizon {self.nu} with N2 = {self.n2}; expected 1 <= Nu <= N2")
         if min(past_inputs, past_outputs) < 0 or max_iter < 1:
-            raise ValueError(f"past_inputs={past_inputs}, past_outputs={past_outputs}, max_iter={max_iter}; expected delays >= 0, max_iter >= 1")
+            raise ValueError(
+                f"past_inputs={past_inputs}, past_outputs={past_outputs}, max_iter={max_iter}; expected delays >= 0, max_iter >= 1"
+            )
         self.network = model if isinstance(model, Network) else network_of(model, example_of(model))
         self.f = SmoothMLP(self.network)
         self.p = self.f.outputs
         self.m, left = divmod(self.f.inputs - (self.dd + 1) * self.p, self.nd + 1)
         if left or self.m < 1:
-            wanted = f"(past_inputs + 1) m + (past_outputs + 1) p with p = {self.p} outputs, past_inputs = {self.nd}, past_outputs = {self.dd}"
+            wanted = (
+                f"(past_inputs + 1) m + (past_outputs + 1) p with p = {self.p} outputs, past_inputs = {self.nd}, past_outputs = {self.dd}"
+            )
             raise ValueError(f"the model has {self.f.inputs} inputs; expected {wanted}")
         self.Q, self.Lambda = weight_matrix("Q", Q, self.p), weight_matrix("Lambda", Lambda, self.m)
         self.lower, self.upper, self.sharpness = None, None, np.zeros(self.m)
@@ -221,7 +225,9 @@ class PredictiveController:
         errors = (reference - np.array(ys))[self.n1 - 1 :]
         changes = np.diff(U, axis=0, prepend=self.past_u[:1])
         value = float(np.einsum("jp,pq,jq", errors, self.Q, errors) + np.einsum("jm,mn,jn", changes, self.Lambda, changes))
-        return value + (box_terms(U, self.lower, self.upper, self.sharpness)[0] if self.lower is not None and self.upper is not None else 0.0)
+        return value + (
+            box_terms(U, self.lower, self.upper, self.sharpness)[0] if self.lower is not None and self.upper is not None else 0.0
+        )
 
     def cost(self, U: np.ndarray, reference: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """J, its gradient [Nu m] and its Hessian [Nu m, Nu m], by forward accumulation through the recursion."""
@@ -294,7 +300,9 @@ def weight_matrix(name: str, value: Any, size: int) -> np.ndarray:
     if not np.isfinite(matrix).all() or not np.allclose(matrix, matrix.T):
         raise ValueError(f"{name} is not symmetric:\n{matrix}\nexpected a symmetric matrix: use (M + M.T) / 2")
     if np.linalg.eigvalsh(matrix).min() < -1e-12 * max(1.0, float(np.abs(matrix).max())):
-        raise ValueError(f"{name} has the negative eigenvalue {np.linalg.eigvalsh(matrix).min():.3g}; expected a positive semidefinite matrix")
+        raise ValueError(
+            f"{name} has the negative eigenvalue {np.linalg.eigvalsh(matrix).min():.3g}; expected a positive semidefinite matrix"
+        )
     return matrix
 
 

@@ -41,7 +41,9 @@ class _Reader:
         self.constants: dict[str, np.ndarray] = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
         inputs = [each for each in graph.input if each.name not in self.constants]
         if len(inputs) != 1 or len(graph.output) != 1:
-            raise ValueError(f"the graph has {len(inputs)} inputs and {len(graph.output)} outputs; expected one of each: one tensor in, one out")
+            raise ValueError(
+                f"the graph has {len(inputs)} inputs and {len(graph.output)} outputs; expected one of each: one tensor in, one out"
+            )
         self.shapes = {}
         for each in [*graph.input, *graph.value_info, *graph.output]:
             kind = each.type.tensor_type
@@ -120,7 +122,9 @@ class _Reader:
 
     def is_part(self, node: Any) -> bool:
         """Exporters before opset 20 write Softsign as x / (|x| + 1), and GELU as x (erf(x / sqrt 2) + 1) / 2, node by node."""
-        constant = next((self.constants[name].item() for name in node.input if name in self.constants and self.constants[name].size == 1), None)
+        constant = next(
+            (self.constants[name].item() for name in node.input if name in self.constants and self.constants[name].size == 1), None
+        )
         value = next((name for name in node.input if name not in self.constants), "")
         part, source = next((self.parts[name] for name in node.input if name in self.parts), ("", value))
         finished = {("Div", "|x| + 1", None): "softsign", ("Mul", "x (erf + 1)", 0.5): "gelu"}
@@ -189,7 +193,9 @@ class _Reader:
 
     def _spans(self, node: Any, attributes: dict[str, Any], kernel: Any) -> dict[str, Any]:
         axes = len(kernel)
-        if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or attributes.get("ceil_mode", 0) and node.op_type != "MaxPool":
+        if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or (
+            attributes.get("ceil_mode", 0) and node.op_type != "MaxPool"
+        ):
             raise UnsupportedLayer(node.name, f"{node.op_type} with auto_pad or ceil_mode")
         lead = [1] * (2 - axes)
         pads = list(attributes.get("pads", [0] * 2 * axes))[:axes]

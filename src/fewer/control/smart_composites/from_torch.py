@@ -11,7 +11,7 @@ from torch import nn
 
 from fewer.control.smart_composites.network import Layer, Network, UnsupportedLayer
 
-ACTIVATIONS = {  # aten name -> our name and the defaults of its arguments after the first
+ACTIVATIONS: dict[str, tuple[str, tuple]] = {  # aten name -> our name and the defaults of its arguments after the first
     "relu": ("relu", ()),
     "leaky_relu": ("leaky_relu", (0.01,)),
     "sigmoid": ("sigmoid", ()),
@@ -28,7 +28,9 @@ RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "_unsafe_view"
 def network_from_module(model: nn.Module, example: torch.Tensor) -> Network:
     """The network that a module is on inputs of the example's shape [1, ...]."""
     if example.is_complex():
-        raise ValueError(f"the example input is {example.dtype}; expected real numbers: split real and imaginary parts into inputs of their own")
+        raise ValueError(
+            f"the example input is {example.dtype}; expected real numbers: split real and imaginary parts into inputs of their own"
+        )
     if example.ndim < 2 or example.shape[0] != 1:
         raise ValueError(f"the example input has shape {tuple(example.shape)}; expected [1, ...], a batch of one: pass example_input[:1]")
     if any(isinstance(parameter, torch.Tensor) and parameter.is_complex() for parameter in model.parameters()):
@@ -48,7 +50,9 @@ def network_from_module(model: nn.Module, example: torch.Tensor) -> Network:
 
 def check_recurrent(path: str, layers: int, bidirectional: bool, batch_first: bool, projected: int = 0) -> None:
     if layers != 1 or bidirectional or not batch_first or projected:
-        said = f"a recurrent layer with num_layers={layers}, bidirectional={bidirectional}, batch_first={batch_first}, proj_size={projected}"
+        said = (
+            f"a recurrent layer with num_layers={layers}, bidirectional={bidirectional}, batch_first={batch_first}, proj_size={projected}"
+        )
         raise UnsupportedLayer(path, f"{said}; expected one layer, one direction, batch first: use one module a layer")
 
 
@@ -69,7 +73,9 @@ class _Reader:
         if len(signature.user_inputs) != 1:
             raise ValueError(f"the network takes {len(signature.user_inputs)} inputs; expected one tensor")
         if len(signature.user_outputs) != 1:
-            raise ValueError(f"the network gives {len(signature.user_outputs)} outputs; expected one tensor: wrap it so that it returns one")
+            raise ValueError(
+                f"the network gives {len(signature.user_outputs)} outputs; expected one tensor: wrap it so that it returns one"
+            )
         self.input, self.output = str(signature.user_inputs[0]), str(signature.user_outputs[0])
         self.layers: list[Layer] = []
 
@@ -89,9 +95,13 @@ class _Reader:
         value = node.meta["val"]
         value = value[0] if isinstance(value, tuple | list) else value
         if not all(isinstance(length, int) for length in value.shape):
-            raise ValueError(f"{node.name} has the dynamic shape {tuple(value.shape)}; expected fixed shapes: export without dynamic_shapes")
+            raise ValueError(
+                f"{node.name} has the dynamic shape {tuple(value.shape)}; expected fixed shapes: export without dynamic_shapes"
+            )
         if value.ndim and value.shape[0] != 1:
-            raise ValueError(f"{node.name} has shape {tuple(value.shape)}; expected a batch of one: export with an example of shape [1, ...]")
+            raise ValueError(
+                f"{node.name} has shape {tuple(value.shape)}; expected a batch of one: export with an example of shape [1, ...]"
+            )
         return tuple(value.shape[1:])
 
     def weight(self, node: Any) -> np.ndarray:
@@ -166,7 +176,7 @@ class _Reader:
         self.add(node, "linear", {"weight": weight, "bias": bias})
 
     def read_conv1d(self, node: Any) -> None:
-        arguments = dict(enumerate(node.args)) | {3: (node.args[3:] or [[1]])[0]}
+        arguments: dict[int, Any] = dict(enumerate(node.args)) | {3: (node.args[3:] or [[1]])[0]}
         weight = self.weight(node.args[1])[:, :, None, :]
         (stride,), padding, (dilation,), groups = (
             ones(arguments[3], 1), arguments.get(4, [0]), ones(arguments.get(5, [1]), 1), arguments.get(6, 1)
@@ -192,7 +202,9 @@ class _Reader:
         padding = ones(arguments.get(3, [0] * axes), axes)
         lead = (1,) * (2 - axes)
         dilated = (*lead, *ones(dilation, axes))
-        self.add(node, kind, kernel=(*lead, *kernel), stride=(*lead, *stride), padding=(*[0] * (2 - axes), *padding), dilation=dilated, **more)
+        self.add(
+            node, kind, kernel=(*lead, *kernel), stride=(*lead, *stride), padding=(*[0] * (2 - axes), *padding), dilation=dilated, **more
+        )
 
     def read_max_pool1d(self, node: Any) -> None:
         self._pool(node, "max_pool", 1, (node.args[4:] or [[1]])[0])
@@ -272,7 +284,7 @@ class _Reader:
                 raise UnsupportedLayer(path_of(node), "a recurrent layer with a first state of its own; expected zeros")
         arrays = [self.weight(each) for each in parameters]
         bias = arrays[2:4] if biases else [np.zeros(len(arrays[0]))] * 2
-        named = dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), [*arrays[:2], *bias], strict=True))
+        named: dict[str, np.ndarray] = dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), [*arrays[:2], *bias], strict=True))
         self.add(node, kind, named, **more)
 
     def read_gru(self, node: Any) -> None:

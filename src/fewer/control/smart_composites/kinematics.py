@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class ForwardKinematics:
         generator = torch.Generator().manual_seed(self.seed)
         layers: list[nn.Module] = []
         sizes = [x.shape[1], *hidden]
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after).double(), nn.Tanh()]
         layers.append(nn.Linear(sizes[-1], t.shape[1]).double())
         network = nn.Sequential(*layers)
@@ -103,7 +104,9 @@ class ForwardKinematics:
                 if isinstance(layer, nn.Linear):
                     layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (0.7 / layer.in_features**0.5))
                     layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator) * 0.3)
-                    if layer is not network[-1]:  # as many units as there are inputs begin nearly linear: the fit is never worse than a line's
+                    if (
+                        layer is not network[-1]
+                    ):  # as many units as there are inputs begin nearly linear: the fit is never worse than a line's
                         passed = min(layer.weight.shape)
                         layer.weight[:passed] = NEARLY_LINEAR * torch.eye(passed, layer.in_features, dtype=x.dtype)
                         layer.bias[:passed] = 0.0
@@ -136,10 +139,10 @@ class ForwardKinematics:
             first, last = network[0], network[-1]
             assert isinstance(first, nn.Linear)
             assert isinstance(last, nn.Linear)
-            first.weight /= torch.as_tensor(self._deviation)
-            first.bias -= first.weight @ torch.as_tensor(self._mean)
+            first.weight.div_(torch.as_tensor(self._deviation))
+            first.bias.sub_(first.weight @ torch.as_tensor(self._mean))
             deviation = torch.as_tensor(self._target_deviation)
-            last.weight *= deviation[:, None]
+            last.weight.mul_(deviation[:, None])
             last.bias.mul_(deviation).add_(torch.as_tensor(self._target_mean))
         return network
 

@@ -110,7 +110,9 @@ def check_finite(network: Network) -> None:
     for layer in network.layers:
         for name, array in layer.weights.items():
             if not np.isfinite(array).all():
-                raise ValueError(f"{layer.path or layer.kind}: {name} holds NaN or infinity; expected finite weights: train again or repair them")
+                raise ValueError(
+                    f"{layer.path or layer.kind}: {name} holds NaN or infinity; expected finite weights: train again or repair them"
+                )
 
 
 def _absorb(network: Network, layer: Layer) -> Layer | None:

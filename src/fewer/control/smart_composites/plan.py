@@ -48,9 +48,7 @@ def plan_buffers(network: Network) -> Plan:
     offsets: dict[str, int] = {}
     for name in wanted:
         taken = sorted(
-            (offsets[other], offsets[other] + sizes[other])
-            for other in offsets
-            if born[other] <= dies[name] and born[name] <= dies[other]
+            (offsets[other], offsets[other] + sizes[other]) for other in offsets if born[other] <= dies[name] and born[name] <= dies[other]
         )
         offset = 0
         for start, end in taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -171,7 +172,7 @@ class Trajectory:
         """Mean seconds from each change of a stepwise reference until y stays within `band` of the step; the whole stretch where it never does."""
         starts = [0, *(np.flatnonzero(np.any(np.diff(self.reference, axis=0) != 0, axis=1)) + 1), len(self.y)]
         times, before = [], np.zeros(self.y.shape[1])
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in itertools.pairwise(starts):
             wide = band * max(float(np.linalg.norm(self.reference[start] - before)), 1e-9)
             outside = np.flatnonzero(np.linalg.norm(self.y[start:end] - self.reference[start], axis=1) > wide)
             times.append((outside[-1] + 1) * self.dt if len(outside) else 0.0)

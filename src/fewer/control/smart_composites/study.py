@@ -254,7 +254,9 @@ def on_the_circle(results: Results) -> Any:
 
 @study.claim("at least 120 samples a second on a Cortex-M4F", paper=">= 120 Hz")
 def rate(results: Results) -> Any:
-    raise NotTestable("no microcontroller and no emulator that counts instructions is here; this machine's times are not a microcontroller's")
+    raise NotTestable(
+        "no microcontroller and no emulator that counts instructions is here; this machine's times are not a microcontroller's"
+    )
 
 
 @study.claim("45.4 mW of mean power on a Cortex-M4F", paper="45.4 mW")

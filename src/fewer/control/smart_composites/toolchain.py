@@ -22,7 +22,9 @@ def host_compiler() -> str:
     for name in ("gcc", "cc", "clang"):
         if shutil.which(name):
             return name
-    raise NoCompiler("no C compiler found (looked for gcc, cc, clang); the C text is written: to build it here, install gcc (apt install gcc)")
+    raise NoCompiler(
+        "no C compiler found (looked for gcc, cc, clang); the C text is written: to build it here, install gcc (apt install gcc)"
+    )
 
 
 def run(*words: str) -> str:
@@ -60,7 +62,18 @@ def measure_sizes(sources: list[Path], compiler: str | None = None, flags: tuple
     with tempfile.TemporaryDirectory() as folder:
         for source in sources:
             target = Path(folder) / f"{source.stem}.o"
-            run(compiler, "-std=c99", "-Os", *flags, "-fno-asynchronous-unwind-tables", "-fstack-usage", "-c", str(source), "-o", str(target))
+            run(
+                compiler,
+                "-std=c99",
+                "-Os",
+                *flags,
+                "-fno-asynchronous-unwind-tables",
+                "-fstack-usage",
+                "-c",
+                str(source),
+                "-o",
+                str(target),
+            )
             size = run(compiler.removesuffix("gcc") + "size" if compiler.endswith("-gcc") else "size", str(target)).splitlines()[1].split()
             flash, ram = flash + int(size[0]), ram + int(size[1]) + int(size[2])
             usage = target.with_suffix(".su")
