@@ -1,8 +1,7 @@
-"""Races: networks as C against onnxruntime, emlearn and m2cgen, and what RAM they take."""
+"""Races: the latency of networks as C against onnxruntime, and their RAM against emlearn's."""
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -58,25 +57,7 @@ for network in ("mlp-1024-1024-64", "cnn-16-28"):
     declare(network, 3.0)
 
 
-def m2cgen_library(model: nn.Sequential) -> Any:
-    """The same MLP by m2cgen, compiled with the same flags."""
-    import m2cgen
-
-    where = folder()
-    (where / "peer.c").write_text("#include <math.h>\n" + m2cgen.export_to_c(sklearn_mlp(model)))
-    from fewer.control.smart_composites.toolchain import host_compiler, run
-
-    run(host_compiler(), "-O3", "-march=native", "-fPIC", "-shared", str(where / "peer.c"), "-o", str(where / "peer.so"), "-lm")
-    return ctypes.CDLL(str(where / "peer.so"))
-
-
-def emlearn_ram(model: nn.Sequential) -> int:
-    """Bytes of the two buffers that emlearn's C of an MLP keeps."""
-    widest = max(layer.out_features for layer in model if isinstance(layer, nn.Linear))
-    return 2 * 4 * widest
-
-
-@bench.quantity("RAM of mlp-10-32-32-4", peer="emlearn (its two activation buffers)", unit="bytes", reach=1.0)
+@bench.quantity("RAM of mlp-10-32-32-4", peer="emlearn (its static variables)", unit="bytes", reach=1.0)
 def ram() -> tuple[float, float]:
     compiled, model, _, _ = compiled_case("mlp-10-32-32-4")
     assert isinstance(model, nn.Sequential)
