@@ -61,8 +61,8 @@ def tune_pid(error_of: Callable[[float, float, float, float], float], trials: in
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=trials // 4))
 
     def objective(trial: Any) -> float:
-        gains = [trial.suggest_float(name, 1e-4 * top, top, log=True) for name in ("kp", "ki", "kd")]
-        return error_of(*gains, trial.suggest_float("smooth", 0.0, 0.9))
+        kp, ki, kd = (trial.suggest_float(name, 1e-4 * top, top, log=True) for name in ("kp", "ki", "kd"))
+        return error_of(kp, ki, kd, trial.suggest_float("smooth", 0.0, 0.9))
 
     study.optimize(objective, n_trials=trials)
     best = study.best_params

@@ -76,7 +76,7 @@ class _Reader:
             raise ValueError(
                 f"the network gives {len(signature.user_outputs)} outputs; expected one tensor: wrap it so that it returns one"
             )
-        self.input, self.output = str(signature.user_inputs[0]), str(signature.user_outputs[0])
+        self.input, self.output = str(next(iter(signature.user_inputs))), str(next(iter(signature.user_outputs)))
         self.layers: list[Layer] = []
 
     def read(self) -> Network:
