@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,8 @@ def emlearn_measured(model: nn.Sequential) -> int:
     from fewer.control.smart_composites.toolchain import host_compiler, run
 
     where = folder()
-    converted = emlearn.convert(sklearn_mlp(model), method="inline")
+    with contextlib.chdir(where):  # it compiles into the working folder
+        converted = emlearn.convert(sklearn_mlp(model), method="inline")
     converted.save(file=str(where / "peer.h"), name="peer")
     text = '#include "peer.h"\nint call(const float *x, int n, float *y, int m);\nint call(const float *x, int n, float *y, int m)\n'
     (where / "peer.c").write_text(text + "{ return peer_regress(x, n, y, m); }\n")
