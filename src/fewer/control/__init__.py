@@ -1,4 +1,9 @@
-"""Prediction and control on small computers."""
+"""Prediction and control on small computers.
+
+>>> from fewer import control
+>>> control.mass_spring_damper().inputs
+1
+"""
 
 import lazy_loader
 

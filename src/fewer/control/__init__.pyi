@@ -1,1 +1,37 @@
-__all__: list[str] = []
+from . import smart_composites
+from .smart_composites import (
+    LQR,
+    PID,
+    CompiledController,
+    CompiledNetwork,
+    ForwardKinematics,
+    PredictiveController,
+    Trajectory,
+    UnsupportedLayer,
+    compile_to_c,
+    excitation,
+    mass_spring_damper,
+    simulate,
+    tendon_finger,
+    tune_pid,
+    van_der_pol,
+)
+
+__all__ = [
+    "LQR",
+    "PID",
+    "CompiledController",
+    "CompiledNetwork",
+    "ForwardKinematics",
+    "PredictiveController",
+    "Trajectory",
+    "UnsupportedLayer",
+    "compile_to_c",
+    "excitation",
+    "mass_spring_damper",
+    "simulate",
+    "smart_composites",
+    "tendon_finger",
+    "tune_pid",
+    "van_der_pol",
+]

@@ -1,0 +1,365 @@
+"""A trained network as C99 that needs nothing but math.h."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from fewer.control.smart_composites.c_derivatives import derivative_text, smooth_layers
+from fewer.control.smart_composites.c_layers import PANEL, LayerText
+from fewer.control.smart_composites.c_text import DOUBLE, FLOAT, Number, array_text, check_name
+from fewer.control.smart_composites.files import check_folder, write_files
+from fewer.control.smart_composites.from_torch import network_from_export, network_from_module
+from fewer.control.smart_composites.network import Network, simplified
+from fewer.control.smart_composites.plan import plan_buffers
+from fewer.control.smart_composites.toolchain import Sizes, arm_sizes, build_library, host_compiler, measure_sizes
+
+CYCLES_PER_MAC, CYCLES_PER_ACTIVATION = 5, 120  # an estimate for a Cortex-M4F: two loads and a multiply-add; a call of expf or tanhf
+TOLERANCE = {None: 1e-4, "q15": 1e-2, "int8": 0.3}  # of the recorded outputs, relative to the largest
+
+
+def network_of(model: nn.Module | str | Path, example_input: torch.Tensor | None = None) -> Network:
+    """The network of a module, of a file .onnx or of a file .pt2 (torch.export.save)."""
+    if isinstance(model, nn.Module):
+        if example_input is None:
+            raise ValueError("no example_input was given; expected a tensor of shape [1, ...] to trace the module with")
+        return simplified(network_from_module(model, example_input))
+    path = Path(model)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a file .onnx or .pt2")
+    if path.suffix == ".onnx":
+        from fewer.control.smart_composites.from_onnx import network_from_onnx
+
+        return simplified(network_from_onnx(path))
+    if path.suffix == ".pt2":
+        return simplified(network_from_export(torch.export.load(path)))
+    raise ValueError(
+        f"{path}: a file {path.suffix or 'without a suffix'}; expected .onnx or .pt2 (Keras HDF5 and TFLite are not read: export to ONNX)"
+    )
+
+
+def compile_to_c(
+    model: nn.Module | str | Path,
+    example_input: torch.Tensor | None,
+    out_dir: str | Path,
+    *,
+    name: str = "net",
+    dtype: Literal["float", "double", "q15"] = "float",
+    quantize: Literal["int8"] | None = None,
+    derivatives: bool = False,
+    test: bool = False,
+    overwrite: bool = False,
+) -> CompiledNetwork:
+    """Write a network as C (section "compiler" of the paper; int8 and q15 are not in the paper).
+
+    Args:
+        model: a module of the supported layers, or the path of an .onnx or .pt2 file.
+        example_input: [1, ...], gives the shape; not needed for a file.
+        out_dir: a new or empty folder.
+        name: begins the names of files and functions, so that several networks link together.
+        dtype: what is computed with; "q15" stores matrices as 16-bit fractions with a scale for each output, and computes in float.
+        quantize: "int8" stores matrices as 8-bit integers with a scale for each output, and computes in float.
+        derivatives: also write `NAME_jacobian`, `NAME_hvp` and `NAME_hessian`, for chains of Linear and smooth activations.
+        test: also write `NAME_test.c`, which checks recorded inputs and outputs.
+        overwrite: replace files that are there.
+
+    Raises:
+        UnsupportedLayer: a layer that has no C text, with its path.
+        ValueError: dynamic shapes, a batch of more than one, weights that are not finite, or a name that is none in C.
+        FileExistsError: out_dir is not empty.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     compiled = compile_to_c(model, torch.zeros(1, 3), folder, name="arm")
+        >>> compiled.macs, compiled.ram_bytes, [file.name for file in compiled.files][:2]
+        (40, 32, ['arm.h', 'arm.c'])
+    """
+    check_name(name)
+    if dtype not in ("float", "double", "q15") or quantize not in (None, "int8"):
+        raise ValueError(f"dtype={dtype!r}, quantize={quantize!r}; expected dtype float, double or q15, and quantize None or 'int8'")
+    if quantize and dtype != "float":
+        raise ValueError(f"quantize={quantize!r} with dtype={dtype!r}; expected dtype='float': 8-bit weights are summed in float")
+    stored = "q15" if dtype == "q15" else quantize
+    if derivatives and stored:
+        raise ValueError(f"derivatives of {stored} weights; expected dtype 'float' or 'double' without quantize")
+    folder = Path(out_dir)
+    check_folder(folder, overwrite=overwrite)
+    network = network_of(model, example_input)
+    number = DOUBLE if dtype == "double" else FLOAT
+    texts = network_texts(network, name, number, stored, derivatives)
+    if test:
+        texts[f"{name}_test.c"] = recorded_test(model, network, name, number, TOLERANCE[stored])
+    files = write_files(folder, texts, overwrite=overwrite)
+    return CompiledNetwork(name, network, number, files)
+
+
+def network_texts(network: Network, name: str, number: Number, stored: str | None = None, derivatives: bool = False) -> dict[str, str]:
+    """File name -> text; the same network gives the same bytes."""
+    plan, writer = plan_buffers(network), LayerText(name, number, stored)
+    calls, states = [], []
+    for index, layer in enumerate(network.layers):
+        if layer.kind == "alias":
+            continue
+        function = writer.write(layer, index)
+        arguments = [plan.place[value] for value in layer.inputs] + [plan.place[layer.output]]
+        if layer.kind in ("rnn", "gru", "lstm"):
+            hidden = layer.weights["weight_hh"].shape[1]
+            kept = [f"h{index}"] + ([f"c{index}"] if layer.kind == "lstm" else [])
+            arguments += [plan.scratch[layer.output], *(f"state->{each}" for each in kept)]
+            states += [(each, hidden) for each in kept]
+        calls.append(f"    {function}({', '.join(arguments)});\n")
+    if plan.place[network.output] == "in":
+        calls.append(f"    for (int i = 0; i < {network.outputs}; i++) out[i] = in[i];\n")
+    t, big = number.type, name.upper()
+    if derivatives:
+        smooth = smooth_layers(network)
+        names = [(f"w{network.layers.index(layer)}", min(PANEL, layer.size)) for layer in smooth]
+        writer.functions.append(derivative_text(name, network, names, number))
+    reset = "".join(f"    for (int i = 0; i < {size}; i++) state->{each}[i] = {number.literal(0)};\n" for each, size in states)
+    source = (
+        f'#include "{name}.h"\n\n#include <math.h>\n\n'
+        + "".join(writer.arrays)
+        + "\n"
+        + "\n".join(writer.functions)
+        + f"\nvoid {name}_reset({name}_state *state)\n{{\n{reset or '    (void)state;' + chr(10)}}}\n"
+        + f"\nvoid {name}_predict(const {t} in[{big}_INPUTS], {t} out[{big}_OUTPUTS], {name}_state *state)\n{{\n    (void)state;\n"
+        + "".join(calls)
+        + "}\n"
+    )
+    fields = ([("arena", plan.arena)] if plan.arena else []) + states
+    ram = sum(size for _, size in fields) * np.dtype(number.numpy).itemsize or 1
+    members = "".join(f"    {t} {each}[{size}];\n" for each, size in fields) or "    unsigned char nothing; /* C wants a member */\n"
+    header = f"""#ifndef {big}_H
+#define {big}_H
+
+#define {big}_INPUTS {network.inputs}
+#define {big}_OUTPUTS {network.outputs}
+#define {big}_MACS {network.macs}
+#define {big}_RAM_BYTES {ram} /* of {name}_state: buffers and recurrent state; the stack comes on top */
+#define {big}_WEIGHT_BYTES {writer.flash}
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+/* All memory that a network needs beside its constants; the caller owns it. */
+typedef struct {{
+{members}}} {name}_state;
+
+/* Begin a new sequence. Call it once before the first {name}_predict. */
+void {name}_reset({name}_state *state);
+
+/* out = f(in); recurrent layers go on from where the state stands. in and out must not overlap. */
+void {name}_predict(const {t} in[{big}_INPUTS], {t} out[{big}_OUTPUTS], {name}_state *state);
+{derivative_header(name, big, t) if derivatives else ""}
+#ifdef __cplusplus
+}}
+#endif
+
+#endif
+"""
+    return {f"{name}.h": header, f"{name}.c": source, **project_texts(name, network, ram, writer.flash)}
+
+
+def derivative_header(name: str, big: str, t: str) -> str:
+    return f"""
+/* jacobian[o * {big}_INPUTS + i] = d out[o] / d in[i] */
+void {name}_jacobian(const {t} in[], {t} jacobian[]);
+/* product = (second derivative of sum weights[o] out[o]) v */
+void {name}_hvp(const {t} in[], const {t} weights[], const {t} v[], {t} product[]);
+/* out, its jacobian, and hessian[(o * {big}_INPUTS + i) * {big}_INPUTS + j] = d2 out[o] / d in[i] d in[j] */
+void {name}_hessian(const {t} in[], {t} out[], {t} jacobian[], {t} hessian[]);
+"""
+
+
+def project_texts(name: str, network: Network, ram: int, weights: int) -> dict[str, str]:
+    """What CMake, PlatformIO and a reader want."""
+    cmake = (
+        f"cmake_minimum_required(VERSION 3.10)\nproject({name} C)\nset(CMAKE_C_STANDARD 99)\nadd_library({name} STATIC {name}.c)\n"
+        f"target_include_directories({name} PUBLIC ${{CMAKE_CURRENT_SOURCE_DIR}})\ntarget_link_libraries({name} PUBLIC m)\n"
+        f"if(EXISTS ${{CMAKE_CURRENT_SOURCE_DIR}}/{name}_test.c)\n  add_executable({name}_test {name}_test.c)\n"
+        f"  target_link_libraries({name}_test {name})\n  enable_testing()\n  add_test(NAME {name} COMMAND {name}_test)\nendif()\n"
+    )
+    library = {
+        "name": name, "version": "1.0.0", "description": f"A neural network: {network.inputs} inputs, {network.outputs} outputs",
+        "frameworks": "*", "platforms": "*", "build": {"srcFilter": [f"+<{name}.c>"], "srcDir": ".", "includeDir": "."},
+    }  # fmt: skip
+    layers = "\n".join(f"- {layer.kind} -> {list(layer.shape)}" for layer in network.layers if layer.kind != "alias")
+    readme = (
+        f"# {name}\n\n{network.inputs} inputs, {network.outputs} outputs, {network.macs} multiply-accumulates, {weights} bytes of constants, "
+        f"{ram} bytes of RAM in `{name}_state` (the stack comes on top).\n\n```c\n{name}_state state;\n{name}_reset(&state);\n"
+        f"{name}_predict(in, out, &state);\n```\n\n{layers}\n"
+    )
+    return {"CMakeLists.txt": cmake, "library.json": json.dumps(library, indent=2) + "\n", "README.md": readme}
+
+
+def recorded_test(model: nn.Module | str | Path, network: Network, name: str, number: Number, tolerance: float) -> str:
+    """A C program that holds the network against what its model said of four inputs; it ends with 0 where all agree."""
+    inputs = np.random.default_rng(0).standard_normal((4, *network.input_shape)).astype(np.float32)
+    wanted = np.array([reference(model, each[None]).reshape(-1) for each in inputs])
+    t, big = number.type, name.upper()
+    arrays = array_rows(f"{t} recorded_in", inputs, number) + array_rows(f"{t} recorded_out", wanted, number)
+    largest = float(np.abs(wanted).max())
+    return f"""#include "{name}.h"
+
+#include <math.h>
+#include <stdio.h>
+
+{arrays}
+static {name}_state state;
+
+int main(void)
+{{
+    int wrong = 0;
+    for (int row = 0; row < {len(inputs)}; row++) {{
+        {t} out[{big}_OUTPUTS];
+        {name}_reset(&state);
+        {name}_predict(recorded_in + row * {big}_INPUTS, out, &state);
+        for (int i = 0; i < {big}_OUTPUTS; i++)
+            if (!(fabs((double)(out[i] - recorded_out[row * {big}_OUTPUTS + i])) <= {tolerance * max(largest, 1e-6):.9g})) wrong++;
+    }}
+    printf("{name}: %d of {wanted.size} outputs wrong\\n", wrong);
+    return wrong != 0;
+}}
+"""
+
+
+def array_rows(declaration: str, rows: np.ndarray, number: Number) -> str:
+    return array_text(declaration, [number.literal(value) for value in rows.reshape(-1)])
+
+
+def reference(model: nn.Module | str | Path, x: np.ndarray) -> np.ndarray:
+    """What the model itself says of x."""
+    if isinstance(model, nn.Module):
+        kind = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+        training = model.training
+        with torch.no_grad():
+            out = model.eval()(torch.as_tensor(x).to(kind)).numpy()
+        model.train(training)
+        return out
+    if Path(model).suffix == ".pt2":
+        with torch.no_grad():
+            return torch.export.load(model).module()(torch.as_tensor(x)).numpy()
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator: Any = ReferenceEvaluator(onnx.load(model))
+    return np.asarray(evaluator.run(None, {evaluator.input_names[0]: x})[0])
+
+
+@dataclass
+class CompiledNetwork:
+    """Written C, with what it costs and, where there is a compiler, what it says.
+
+    Attributes:
+        name: begins the names of its functions.
+        network: the layers that were written.
+        number: the type it computes with.
+        files: what was written.
+    """
+
+    name: str
+    network: Network
+    number: Number
+    files: list[Path]
+    _folder: Any = field(default=None, repr=False)
+    _call: Any = field(default=None, repr=False)
+
+    @property
+    def source(self) -> Path:
+        return next(file for file in self.files if file.name == f"{self.name}.c")
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of a call."""
+        return self.network.macs
+
+    @cached_property
+    def ram_bytes(self) -> int:
+        """Bytes of the caller's state: buffers and recurrent state; the stack (`sizes.stack`) comes on top."""
+        plan = plan_buffers(self.network)
+        kept = sum(layer.weights["weight_hh"].shape[1] * (2 if layer.kind == "lstm" else 1) for layer in self.network.recurrent)
+        return (plan.arena + kept) * np.dtype(self.number.numpy).itemsize or 1
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What the compiler of this machine says with -Os."""
+        return measure_sizes([self.source])
+
+    @property
+    def flash_bytes(self) -> int:
+        """Bytes of code and constants, by the compiler of this machine."""
+        return self.sizes.flash
+
+    @property
+    def cycles_estimate(self) -> int:
+        """An estimate for a Cortex-M4F, from the counts alone: it is not measured."""
+        called = sum(layer.size for layer in self.network.layers if layer.activation and "relu" not in layer.activation[0])
+        gates = sum(5 * layer.size for layer in self.network.recurrent)
+        return CYCLES_PER_MAC * self.macs + CYCLES_PER_ACTIVATION * (called + gates)
+
+    def report(self) -> dict[str, Any]:
+        """Flash, RAM, stack, multiply-accumulates and an estimate of cycles; those of a Cortex-M4F where its compiler is installed."""
+        arm = arm_sizes([self.source])
+        return {
+            "flash_bytes": self.flash_bytes,
+            "ram_bytes": self.ram_bytes,
+            "stack_bytes": self.sizes.stack,
+            "macs": self.macs,
+            "cycles_estimate": self.cycles_estimate,
+            "cortex_m4_flash_bytes": arm.flash if arm else "arm-none-eabi-gcc is not installed",
+        }
+
+    def build(self) -> Path:
+        """A shared library for this machine; NoCompiler says what to install."""
+        host_compiler()
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="fewer-c-")
+        target = Path(self._folder.name) / f"lib{self.name}.so"
+        if not target.exists():
+            build_library([self.source], target)
+        return target
+
+    def _bind(self) -> Any:
+        library = ctypes.CDLL(str(self.build()))
+        predict, reset = library[f"{self.name}_predict"], library[f"{self.name}_reset"]
+        x, y = np.zeros(self.network.inputs, self.number.numpy), np.zeros(self.network.outputs, self.number.numpy)
+        state = ctypes.create_string_buffer(self.ram_bytes + 16)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, y)] + [ctypes.cast(state, ctypes.c_void_p)]
+        predict.restype = reset.restype = None
+        reset(pointers[2])
+        self._call = (x, y, state, predict, pointers, reset)
+        return self._call
+
+    def predict(self, x: Any) -> np.ndarray:
+        """What the C says of one input; a recurrent network goes on from where it stands (see `reset`).
+
+        Args:
+            x: as many numbers as the network has inputs, in any shape.
+
+        Returns:
+            array in the shape of the network's output, without the batch axis.
+        """
+        into, out, _, predict, pointers, _ = self._call or self._bind()
+        values = np.asarray(x)
+        if values.size != into.size:
+            raise ValueError(f"x has {values.size} numbers; expected {into.size}: one input of shape {self.network.input_shape}")
+        into[:] = values.reshape(-1)
+        predict(*pointers)
+        return out.reshape(self.network.producer(self.network.output).shape).copy()
+
+    def reset(self) -> None:
+        """Begin a new sequence."""
+        call = self._call or self._bind()
+        call[5](call[4][2])

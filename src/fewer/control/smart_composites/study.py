@@ -1,0 +1,278 @@
+"""How well a small learned model steers by a Newton-Raphson step a sample, and what networks cost as C.
+
+Three parts: a mass-spring-damper against a tuned PID loop and LQR, a tendon-driven finger with hysteresis on a circle, and twelve networks
+compiled. Every controller but LQR sees only recorded inputs and outputs. All figures are of this machine; none is a microcontroller's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewer.control.smart_composites.baselines import LQR, PID, tune_pid
+from fewer.control.smart_composites.comparison import (
+    CASES,
+    CONTROL_HORIZON,
+    DELAYS,
+    DT,
+    EXCITED,
+    HORIZON,
+    STEPS,
+    circle,
+    finger,
+    learned,
+    onnx_session,
+    spring,
+    spring_references,
+)
+from fewer.control.smart_composites.compiler import compile_to_c
+from fewer.control.smart_composites.controller import PredictiveController
+from fewer.control.smart_composites.plants import Plant, Trajectory, simulate
+from fewer.study import Bars, Figure, NotTestable, Results, Scale, Study, Trial
+
+REFERENCES = ("steps", "sine 0.5 Hz", "sine 2 Hz", "swirl")
+FLASH = 1e6  # bytes that the claim's percentage is of
+CALLS = 200  # of a network, of which the median is taken
+
+study = Study(
+    "smart-composites",
+    question="Does a small learned model, one Newton-Raphson step a sample, track better than a tuned PID loop, and does it fit a microcontroller?",
+    baseline="pid",
+    figures=[
+        Figure("relative_error", "RMS error / RMS of the reference, mean"),
+        Figure("rms_error", "RMS error", "m"),
+        Figure("largest_error", "largest error", "m", detail=True),
+        Figure("effort", "RMS of the input", "N", "", detail=True),
+        Figure("settling_time", "time to settle", "s"),
+        Figure("step_seconds", "time a step", "s"),
+        Figure("c_step_seconds", "time a step as C, this machine", "s"),
+        Figure("circle_error", "finger, RMS error on a circle", "mm"),
+        Figure("flash_bytes", "flash", "bytes"),
+        Figure("ram_bytes", "RAM", "bytes"),
+        Figure("one_step_rmse", "one-step error of the model", "m", detail=True),
+        Figure("call_seconds", "latency of a network", "s", detail=True),
+    ],
+    charts=[Bars(("relative_error", "circle_error"), title="Tracking errors beside the PID loop's")],
+    time_limit=1800,
+)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What the controllers are to follow."""
+
+    references: dict[str, np.ndarray]
+    circle: np.ndarray
+    steps: int
+
+
+@study.task
+def task(scale: Scale) -> Tracking:
+    steps = STEPS if scale is Scale.QUICK else 10 * STEPS
+    return Tracking(spring_references(steps), circle(steps), steps)
+
+
+def track(work: Tracking, trial: Trial, controller: Any) -> None:
+    """Follow every reference with the mass, and log how well."""
+    relative, seconds = [], []
+    for name, reference in work.references.items():
+        run = simulate(spring(trial.seed), controller, reference, DT, work.steps, seed=1000 + trial.seed)
+        log(trial, run, name)
+        relative.append(run.rms_error / float(np.sqrt(np.mean(run.reference**2))))
+        seconds.append(np.median(run.seconds))
+    trial.log("relative_error", float(np.mean(relative)))
+    trial.log("step_seconds", float(np.median(seconds)))
+
+
+def log(trial: Trial, run: Trajectory, name: str) -> None:
+    trial.log("rms_error", run.rms_error, reference=name)
+    trial.log("largest_error", run.largest_error, reference=name)
+    trial.log("effort", run.effort, reference=name)
+    if name == "steps":
+        trial.log("settling_time", run.settling_time())
+
+
+def predictive(plant: Plant, trial: Trial, hidden: int, Lambda: float, sharpness: float, **settings: Any) -> PredictiveController:
+    model = learned(plant, trial.seed, hidden)
+    trial.log("one_step_rmse", model.one_step_rmse, plant="finger" if plant.inputs == 2 else "spring")
+    nd, dd = DELAYS
+    return PredictiveController(
+        model.model, HORIZON, CONTROL_HORIZON, 1.0, Lambda, (plant.lower, plant.upper), sharpness, nd, dd, **settings
+    )  # fmt: skip
+
+
+def steer(work: Tracking, trial: Trial, as_c: bool = False, **settings: Any) -> None:
+    """The learned controller on both plants."""
+    controller = predictive(spring(trial.seed), trial, 14, 1e-5, 1e-4, **settings)
+    track(work, trial, controller)
+    if as_c and shutil.which("gcc"):
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = controller.compile_to_c(folder, name="spring")
+            run = simulate(spring(trial.seed), compiled, work.references["swirl"], DT, work.steps, seed=1000 + trial.seed)
+            trial.log("c_step_seconds", float(np.median(run.seconds)))
+            trial.log("flash_bytes", compiled.flash_bytes)
+            trial.log("ram_bytes", compiled.ram_bytes)
+    on_finger = predictive(finger(trial.seed), trial, 16, 1.0, 1e-3, **settings)
+    run = simulate(finger(trial.seed), on_finger, work.circle, DT, work.steps, seed=1000 + trial.seed)
+    trial.log("circle_error", settled_error(run))
+
+
+def settled_error(run: Trajectory) -> float:
+    """RMS error after the first second, in which the tip comes from rest onto the circle."""
+    start = round(1 / DT)
+    return float(np.sqrt(np.mean(np.sum((run.y - run.reference)[start:] ** 2, axis=1))))
+
+
+@study.arm("nr-mpc-1", label="NR-MPC, 1 iteration")
+def one_iteration(work: Tracking, trial: Trial) -> None:
+    steer(work, trial, as_c=True, max_iter=1)
+
+
+@study.arm("nr-mpc-3", label="NR-MPC, 3 iterations")
+def three_iterations(work: Tracking, trial: Trial) -> None:
+    steer(work, trial, as_c=True, max_iter=3)
+
+
+@study.arm("gauss-newton", label="Gauss-Newton, 1 iteration")
+def gauss_newton(work: Tracking, trial: Trial) -> None:
+    steer(work, trial, as_c=True, max_iter=1, gauss_newton=True)
+
+
+@study.arm("nr-mpc-converged", label="NR-MPC, converged")
+def converged(work: Tracking, trial: Trial) -> None:
+    steer(work, trial, max_iter=20, rtol=1e-4)
+
+
+def tuned(error_of: Callable[[Any], float], plant: Plant, trial: Trial, steps: int, top: float, **more: Any) -> PID:
+    """A PID loop tuned by as many simulated samples as the model was learned from."""
+
+    def error(kp: float, ki: float, kd: float, smooth: float) -> float:
+        return error_of(PID(kp, ki, kd, DT, plant.lower, plant.upper, smooth=smooth, **more))
+
+    kp, ki, kd, smooth = tune_pid(error, EXCITED // steps, trial.seed, top)
+    trial.note("gains", f"kp {kp:.4g}, ki {ki:.4g}, kd {kd:.4g}")
+    return PID(kp, ki, kd, DT, plant.lower, plant.upper, smooth=smooth, **more)
+
+
+@study.arm("pid", label="PID, tuned")
+def pid(work: Tracking, trial: Trial) -> None:
+    each = 25  # samples of each reference in a tuning simulation
+    plant = spring(trial.seed)
+
+    def spring_error(controller: PID) -> float:
+        runs = [simulate(plant, controller, reference[: each + 1], DT, each) for reference in work.references.values()]
+        return float(np.mean([run.rms_error / np.sqrt(np.mean(run.reference**2)) for run in runs]))
+
+    track(work, trial, tuned(spring_error, plant, trial, 4 * each, 300.0))
+    arm = finger(trial.seed)
+    mixing = np.array([[1.0, -1.0], [-1.0, -1.0]]) / 60  # the difference of the tensions bends to the side, their sum shortens
+
+    def finger_error(controller: PID) -> float:
+        return settled_error(simulate(arm, controller, work.circle, DT, 100))
+
+    loop = tuned(finger_error, arm, trial, 100, 100.0, mixing=mixing, rest=0.5)
+    trial.log("circle_error", settled_error(simulate(arm, loop, work.circle, DT, work.steps, seed=1000 + trial.seed)))
+
+
+@study.arm("lqr", label="LQR, knows the plant")
+def lqr(work: Tracking, trial: Trial) -> None:
+    track(work, trial, LQR([[0, 1], [-5, -0.5]], [[0], [1]], [[1, 0]], DT, 1.0, 1e-5, 1e-3, [-10], [10]))
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+@study.arm("c", against="onnxruntime", label="networks as C")
+def as_c(work: Tracking, trial: Trial) -> None:
+    for name, case in CASES.items():
+        model, x = case.built()
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = compile_to_c(model, x, folder)
+            values = x.numpy()
+            compiled.predict(values)
+            trial.log("call_seconds", median_seconds(lambda: compiled.predict(values)), network=name)  # noqa: B023 - called at once
+            trial.log("flash_bytes", compiled.flash_bytes, network=name)
+            trial.log("ram_bytes", compiled.ram_bytes, network=name)
+
+
+@study.arm("onnxruntime", label="onnxruntime, one thread")
+def onnx(work: Tracking, trial: Trial) -> None:
+    for name, case in CASES.items():
+        model, x = case.built()
+        session, given = onnx_session(model, x), {"x": x.numpy()}
+        session.run(None, given)
+        trial.log("call_seconds", median_seconds(lambda: session.run(None, given)), network=name)  # noqa: B023
+
+
+# What the paper claims
+
+
+@study.claim(
+    "NR-MPC tracks the mass-spring-damper with at most 0.7 of the tuned PID's RMS error (relative to the reference, mean over all)",
+    paper="better tracking than PID",
+    if_fails="the force saturates on the steps, where all controllers are as slow as the actuator",
+)
+def better_than_pid(results: Results) -> Any:
+    return results.ratio("relative_error", "nr-mpc-3", "pid") <= 0.7
+
+
+@study.claim(
+    "one iteration a sample is within 10 % of the converged solution's RMS error",
+    paper="one Newton-Raphson step a sample",
+    if_fails="a jump of the reference puts the minimiser at the bounds, where the steep soft box lets one Newton step go only part of the way",
+)
+def one_is_enough(results: Results) -> Any:
+    return results.ratio("relative_error", "nr-mpc-1", "nr-mpc-converged") <= 1.1
+
+
+@study.claim("a step as C takes less than a tenth of 1/120 s on this machine", paper=">= 120 Hz on a Cortex-M4F")
+def quick_enough(results: Results) -> Any:
+    return results.mean("c_step_seconds", "nr-mpc-1") <= 1 / 120 / 10
+
+
+@study.claim("controller and network take at most 6.4 % of 1 MB of flash (compiled for this machine)", paper="<= 6.4 % of the flash")
+def small_enough(results: Results) -> Any:
+    return results.mean("flash_bytes", "nr-mpc-1") <= 0.064 * FLASH
+
+
+@study.claim("the finger's tip stays within 2 mm of a circle (RMS, simulated)", paper="<= 2 mm, measured on the tendon platform")
+def on_the_circle(results: Results) -> Any:
+    return results.mean("circle_error", "nr-mpc-3") <= 2.0
+
+
+@study.claim("at least 120 samples a second on a Cortex-M4F", paper=">= 120 Hz")
+def rate(results: Results) -> Any:
+    raise NotTestable(
+        "no microcontroller and no emulator that counts instructions is here; this machine's times are not a microcontroller's"
+    )
+
+
+@study.claim("45.4 mW of mean power on a Cortex-M4F", paper="45.4 mW")
+def power(results: Results) -> Any:
+    raise NotTestable("no microcontroller is here whose power could be measured")
+
+
+@study.summary
+def summary(results: Results) -> str:
+    def mean(figure: str, arm: str) -> float:
+        return results.mean(figure, arm).value
+
+    return (
+        f"With a network of 14 units learned from {EXCITED} samples, one Newton-Raphson step a sample left {100 * mean('relative_error', 'nr-mpc-1'):.1f} % "
+        f"of the reference as error, three {100 * mean('relative_error', 'nr-mpc-3'):.1f} %, the tuned PID loop {100 * mean('relative_error', 'pid'):.1f} %, "
+        f"LQR on the true equations {100 * mean('relative_error', 'lqr'):.1f} %. On the finger's circle: {mean('circle_error', 'nr-mpc-3'):.2f} mm, "
+        f"PID {mean('circle_error', 'pid'):.2f} mm. As C the controller takes {mean('flash_bytes', 'nr-mpc-1') / 1000:.1f} kB of flash, "
+        f"{mean('ram_bytes', 'nr-mpc-1') / 1000:.1f} kB of RAM and {1e6 * mean('c_step_seconds', 'nr-mpc-1'):.0f} microseconds a step on this machine."
+    )

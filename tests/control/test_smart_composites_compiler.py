@@ -1,0 +1,342 @@
+"""Networks as C: equal to torch, clean, exact in their weights, honest about their size."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fewer.control import UnsupportedLayer, compile_to_c
+from fewer.control.smart_composites.c_text import DOUBLE, FLOAT
+from fewer.control.smart_composites.comparison import CASES, LastStep
+from fewer.control.smart_composites.compiler import network_of, network_texts
+from fewer.control.smart_composites.toolchain import STRICT
+
+torch.set_num_threads(1)
+ACTIVATIONS = [
+    nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardsigmoid, nn.GELU,
+    lambda: nn.GELU(approximate="tanh"), nn.Identity,
+]  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.relu(x + self.inner(x))
+
+
+class Sequence(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(layer.hidden_size, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0])
+
+
+def random_network(rng) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network of random depth, widths, kernels, strides, padding, dilation and groups."""
+
+    def pick(*options):
+        return options[rng.integers(len(options))]
+
+    def activation():
+        return pick(*ACTIVATIONS)()
+
+    kind = pick("mlp", "mlp", "conv1", "conv2", "conv2", "recurrent")
+    if kind == "mlp":
+        sizes = [int(each) for each in rng.integers(1, 40, rng.integers(2, 5))]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(sizes):
+            layers += [nn.Linear(before, after, bias=bool(rng.integers(2))), activation()]
+            if rng.random() < 0.3:
+                layers.append(nn.BatchNorm1d(after))
+            if rng.random() < 0.3 and after > 1:
+                layers.append(nn.LayerNorm(after))
+            if rng.random() < 0.3:
+                layers.append(Residual(nn.Linear(after, after)))
+        return nn.Sequential(*layers, *([nn.Softmax(-1)] if rng.random() < 0.3 else [])), (sizes[0],)
+    if kind == "recurrent":
+        cell, inputs, hidden = pick(nn.RNN, nn.GRU, nn.LSTM), int(rng.integers(1, 6)), int(rng.integers(1, 20))
+        more = {"nonlinearity": pick("tanh", "relu")} if cell is nn.RNN else {}
+        layer = cell(inputs, hidden, batch_first=True, bias=bool(rng.integers(2)), **more)
+        return pick(lambda: LastStep(layer, 3), lambda: Sequence(layer))(), (int(rng.integers(1, 7)), inputs)
+    groups = pick(1, 1, 2)
+    channels, middle = groups * int(rng.integers(1, 4)), groups * int(rng.integers(1, 5))
+    kernel, stride, padding, dilation = int(rng.integers(1, 4)), pick(1, 1, 2), int(rng.integers(0, 3)), pick(1, 1, 2)
+    one = kind == "conv1"
+    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if one else (nn.Conv2d, nn.BatchNorm2d)
+    pool = pick(nn.MaxPool1d, nn.AvgPool1d) if one else pick(nn.MaxPool2d, nn.AvgPool2d)
+    shape = (channels, *([int(rng.integers(9, 14))] if one else [int(each) for each in rng.integers(9, 14, 2)]))
+    layers = [conv(channels, middle, kernel, stride, padding, dilation, groups)]
+    layers += [norm(middle)] * bool(rng.integers(2)) + [activation()]
+    layers += [pool(2, pick(1, 2), pick(0, 1))] * bool(rng.integers(2)) + [norm(middle)] * (rng.random() < 0.2) + [nn.Flatten()]
+    model = nn.Sequential(*layers).eval()
+    features = model(torch.zeros(1, *shape)).shape[1]
+    return nn.Sequential(*layers, nn.Linear(features, 3)), shape
+
+
+def networks(count: int, seed: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
+    torch.manual_seed(seed)
+    made = [random_network(np.random.default_rng([seed, each])) for each in range(count)]
+    for model, _ in made:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_mean = torch.randn(module.num_features)
+                module.running_var = torch.rand(module.num_features) + 0.5
+        model.eval()
+    return made
+
+
+def run_together(folder, models, number, flags=("-O2",), wrap=(), nan=False) -> list[np.ndarray]:
+    """Compile many networks into one program that prints every output; two calls each, so that reset is tried, too."""
+    folder.mkdir(exist_ok=True)
+    rng, calls, sources, inputs = np.random.default_rng(0), [], [], []
+    for index, (model, shape) in enumerate(models):
+        x = np.full(shape, np.nan) if nan else rng.standard_normal(shape).astype(np.float32)
+        network, name = network_of(model, torch.zeros(1, *shape, dtype=next(model.parameters()).dtype)), f"n{index}"
+        texts = network_texts(network, name, number)
+        (folder / f"{name}.h").write_text(texts[f"{name}.h"])
+        sources.append(texts[f"{name}.c"])
+        inputs.append(x)
+        values = ", ".join("NAN" if v != v else number.literal(v) for v in x.ravel())
+        calls.append(
+            f"static void call{index}(void) {{ static const {number.type} x[] = {{{values}}}; {number.type} y[{network.outputs}];\n"
+            f"{name}_state s; {name}_reset(&s); {name}_predict(x, y, &s); {name}_reset(&s); {name}_predict(x, y, &s);\n"
+            f'for (int i = 0; i < {network.outputs}; i++) printf("%.17g ", (double)y[i]);\nprintf("\\n"); }}\n'
+        )
+    main = "".join(sources) + "#include <stdio.h>\n" + "".join(calls)
+    main += "int main(void) {\n" + "".join(f"call{index}();\n" for index in range(len(calls))) + "return 0; }\n"
+    (folder / "all.c").write_text(main)
+    subprocess.run(["gcc", *STRICT, *flags, f"-I{folder}", str(folder / "all.c"), "-o", str(folder / "all"), "-lm"], check=True)
+    done = subprocess.run([*wrap, str(folder / "all")], check=True, capture_output=True, text=True)
+    outputs = [np.array([float(word) for word in line.split()]) for line in done.stdout.splitlines()]
+    return list(zip(outputs, inputs, strict=True))
+
+
+def worst(results, models) -> float:
+    """The largest error relative to the largest output, over all networks."""
+    errors = []
+    for (out, x), (model, _) in zip(results, models, strict=True):
+        dtype = next(model.parameters()).dtype
+        with torch.no_grad():
+            wanted = model(torch.as_tensor(x, dtype=dtype)[None]).numpy().ravel()
+        errors.append(np.abs(out - wanted).max() / max(np.abs(wanted).max(), 1e-2))
+    return max(errors)
+
+
+def test_200_random_networks_equal_torch(tmp_path):
+    models = networks(200, 1)
+    parts = [models[start : start + 50] for start in range(0, 200, 50)]
+    assert max(worst(run_together(tmp_path / f"f{n}", part, FLOAT), part) for n, part in enumerate(parts)) <= 1e-5
+
+
+def test_double_equals_torch_in_double_under_the_sanitizers(tmp_path):
+    models = [(model.double(), shape) for model, shape in networks(40, 2)]
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    assert worst(run_together(tmp_path / "d", models, DOUBLE, flags), models) <= 1e-12
+
+
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
+def test_valgrind_finds_nothing(tmp_path):
+    run_together(tmp_path / "v", networks(20, 3), FLOAT, ("-O1", "-g"), ("valgrind", "-q", "--error-exitcode=9"))
+
+
+def test_nan_in_gives_nan_out(tmp_path):
+    models = [(model, shape) for model, shape in networks(40, 4)]
+    for (out, _), (model, shape) in zip(run_together(tmp_path / "n", models, FLOAT, nan=True), models, strict=True):
+        with torch.no_grad():
+            wanted = model(torch.full((1, *shape), torch.nan)).numpy().ravel()
+        assert np.array_equal(np.isnan(out), np.isnan(wanted))
+        assert np.isnan(out).all() or not np.isnan(wanted).all()
+
+
+def test_weights_in_the_text_are_the_tensors_bit_for_bit_and_the_text_is_the_same_each_time(tmp_path):
+    model, x = CASES["mlp-10-32-32-4"].built()
+    first, second = (compile_to_c(model, x, tmp_path / name) for name in "ab")
+    assert [file.read_bytes() for file in first.files] == [file.read_bytes() for file in second.files]
+    text = first.source.read_text()
+    for index, layer in zip((0, 1, 2), (model[0], model[2], model[4]), strict=True):
+        body = re.search(rf"net_w{index}\[\d+\] = {{(.*?)}};", text, re.S)[1]
+        read = np.array([np.float32(word.strip().removesuffix("f")) for word in body.split(",")])
+        outputs, inputs = layer.weight.shape
+        panel = 16 if outputs >= 16 else outputs
+        unpacked = read.reshape(outputs // panel, inputs, panel).transpose(0, 2, 1).reshape(outputs, inputs)
+        assert np.array_equal(unpacked, layer.weight.detach().numpy())
+        body = re.search(rf"net_w{index}_bias\[\d+\] = {{(.*?)}};", text, re.S)[1]
+        assert np.array_equal([np.float32(word.strip().removesuffix("f")) for word in body.split(",")], layer.bias.detach().numpy())
+
+
+@pytest.mark.parametrize("cell", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_sequence_fed_step_by_step_equals_torch_on_the_whole(cell, tmp_path):
+    torch.manual_seed(0)
+    model, x = Sequence(cell(3, 8, batch_first=True)).eval(), torch.randn(1, 12, 3)
+    compiled = compile_to_c(model, x[:, :1], tmp_path)
+    wanted = model(x).detach().numpy()[0]
+    for _ in range(2):
+        compiled.reset()
+        got = np.concatenate([compiled.predict(x[0, step].numpy()) for step in range(12)])
+        assert np.abs(got - wanted).max() < 1e-5
+    assert np.abs(compiled.predict(x[0, 0].numpy())[0] - wanted[0]).max() > 1e-4, "without a reset it goes on"
+
+
+@pytest.mark.parametrize("name", ["mlp-10-32-32-4", "cnn-4-12", "signal-cnn-8", "gru-4-16", "lstm-4-16", "rnn-4-16"])
+def test_onnx_round_trip_equals_onnxruntime(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = CASES[name].built()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(tmp_path / "m.onnx"), dynamo=False, input_names=["x"])
+    compiled = compile_to_c(tmp_path / "m.onnx", None, tmp_path / "c", test=True)
+    wanted = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"x": x.numpy()})[0][0]
+    assert np.abs(compiled.predict(x) - wanted).max() <= 1e-5 * max(np.abs(wanted).max(), 0.1)
+    command = ["gcc", *STRICT, "-O2", *(str(file) for file in compiled.files if file.suffix == ".c"), "-o", str(tmp_path / "t"), "-lm"]
+    subprocess.run(command, check=True)
+    assert "0 of" in subprocess.run([str(tmp_path / "t")], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("name", ["mlp-64-128-10", "cnn-8-28", "gru-4-16"])
+def test_reported_sizes_are_the_measured_ones(name, tmp_path):
+    model, x = CASES[name].built()
+    compiled = compile_to_c(model, x, tmp_path / "c")
+    (tmp_path / "size.c").write_text(
+        '#include "net.h"\n#include <stdio.h>\nint main(void) { printf("%d %d", (int)sizeof(net_state), NET_RAM_BYTES); return 0; }'
+    )
+    source = str(compiled.source)
+    subprocess.run(["gcc", "-Os", f"-I{tmp_path / 'c'}", str(tmp_path / "size.c"), source, "-o", str(tmp_path / "s"), "-lm"], check=True)
+    measured, defined = map(int, subprocess.run([str(tmp_path / "s")], capture_output=True, text=True, check=True).stdout.split())
+    assert measured == defined == compiled.ram_bytes
+    subprocess.run(["gcc", "-std=c99", "-Os", "-c", source, "-o", str(tmp_path / "n.o")], check=True)
+    sections = subprocess.run(["size", "-A", str(tmp_path / "n.o")], capture_output=True, text=True, check=True).stdout
+    flash = sum(int(line.split()[1]) for line in sections.splitlines() if line.startswith((".text", ".rodata")))
+    assert abs(compiled.flash_bytes - flash) <= 0.05 * flash
+
+
+def test_two_networks_link_into_one_program_and_cxx_takes_the_headers(tmp_path):
+    model, x = CASES["mlp-4-16-1"].built()
+    first, second = (compile_to_c(model, x, tmp_path / name, name=name) for name in ("left", "right"))
+    text = '#include "left.h"\n#include "right.h"\nleft_state a; right_state b; float x[4], y[1];\n'
+    text += "int main() { left_reset(&a); right_reset(&b); left_predict(x, y, &a); right_predict(x, y, &b); return 0; }"
+    (tmp_path / "main.c").write_text(text)
+    folders = [f"-I{tmp_path / name}" for name in ("left", "right")]
+    command = ["gcc", *STRICT, *folders, str(tmp_path / "main.c"), str(first.source), str(second.source), "-o", str(tmp_path / "m"), "-lm"]
+    subprocess.run(command, check=True)
+    if shutil.which("g++"):
+        (tmp_path / "main.cc").write_text(text)
+        subprocess.run(["g++", "-Wall", "-Werror", *folders, "-c", str(tmp_path / "main.cc"), "-o", str(tmp_path / "m.o")], check=True)
+
+
+@pytest.mark.parametrize(("settings", "tolerance"), [({"quantize": "int8"}, 0.05), ({"dtype": "q15"}, 1e-3)])
+def test_quantized_weights_are_smaller_and_near(settings, tolerance, tmp_path):
+    model, x = CASES["mlp-64-128-10"].built()
+    plain, small = compile_to_c(model, x, tmp_path / "a"), compile_to_c(model, x, tmp_path / "b", **settings)
+    wanted = plain.predict(x)
+    assert np.abs(small.predict(x) - wanted).max() <= tolerance * np.abs(wanted).max()
+    assert small.flash_bytes < 0.6 * plain.flash_bytes
+
+
+def test_generated_derivatives_equal_autograd(tmp_path):
+    import ctypes
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 20), nn.Tanh(), nn.Linear(20, 7), nn.GELU(), nn.Linear(7, 6), nn.Softplus(), nn.Linear(6, 3), nn.Sigmoid()
+    )
+    compiled = compile_to_c(model.double(), torch.zeros(1, 5).double(), tmp_path, dtype="double", derivatives=True)
+    library, x, w, v = ctypes.CDLL(str(compiled.build())), torch.randn(5).double(), torch.randn(3).double(), torch.randn(5).double()
+    jacobian, hessian, value, product = np.zeros((3, 5)), np.zeros((3, 5, 5)), np.zeros(3), np.zeros(5)
+
+    def call(name, *arrays):
+        library[name](*(ctypes.c_void_p(each.ctypes.data) for each in arrays))
+
+    call("net_jacobian", x.numpy(), jacobian)
+    true = torch.func.jacrev(model)(x).detach().numpy()
+    assert np.abs(jacobian - true).max() < 1e-12
+    call("net_hessian", x.numpy(), value, jacobian, hessian)
+    curved = torch.func.jacfwd(torch.func.jacrev(model))(x).detach().numpy()
+    assert np.abs(hessian - curved).max() < 1e-12
+    assert np.abs(jacobian - true).max() < 1e-12
+    assert np.abs(value - model(x).detach().numpy()).max() < 1e-12
+    call("net_hvp", x.numpy(), w.numpy(), v.numpy(), product)
+    assert np.abs(product - np.einsum("o,oij,j", w.numpy(), curved, v.numpy())).max() < 1e-12
+
+
+# Bad input
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x + 1.0, x
+
+
+class Cosine(nn.Module):
+    def forward(self, x):
+        return torch.cos(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "name", "message"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), Cosine()), torch.zeros(1, 2), "net", "1: the operation aten.cos"),
+        (nn.Linear(2, 2), torch.zeros(3, 2), "net", r"\[1, ...\]"),
+        (LastStep(nn.GRU(2, 3, num_layers=2, batch_first=True), 1), torch.zeros(1, 4, 2), "net", "layer: .*num_layers=2"),
+        (LastStep(nn.GRU(2, 3, batch_first=False), 1), torch.zeros(1, 4, 2), "net", "batch_first=False"),
+        (nn.LSTM(2, 3, bidirectional=True, batch_first=True), torch.zeros(1, 4, 2), "net", "bidirectional=True"),
+        (nn.Linear(2, 2, dtype=torch.complex64), torch.zeros(1, 2, dtype=torch.complex64), "net", "complex"),
+        (Two(), torch.zeros(1, 2), "net", "2 outputs"),
+        (nn.Linear(2, 2), torch.zeros(1, 2), "while", "keyword"),
+        (nn.Linear(2, 2), torch.zeros(1, 2), "2nd", "C identifier"),
+    ],
+)
+def test_what_has_no_c_is_refused_and_nothing_is_left(model, example, name, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        compile_to_c(model, example, tmp_path / "out", name=name)
+    if isinstance(caught.value, UnsupportedLayer):
+        assert "supported are: Linear" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_and_dynamic_shapes_are_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2))
+    exported = torch.export.export(model, (torch.zeros(3, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(exported, tmp_path / "m.pt2")
+    with pytest.raises(ValueError, match="dynamic shape"):
+        compile_to_c(tmp_path / "m.pt2", None, tmp_path / "out")
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="0: weight holds NaN"):
+        compile_to_c(model, torch.zeros(1, 2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path)
+    compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path, overwrite=True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_without_a_compiler_the_text_is_written_and_build_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiled = compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "out")
+    assert compiled.source.exists()
+    with pytest.raises(RuntimeError, match="install gcc"):
+        compiled.build()
+
+
+def test_the_command_writes_c_and_refuses_other_files(fewer, tmp_path):
+    torch.export.save(torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), (torch.zeros(1, 3),)), tmp_path / "m.pt2")
+    assert "flash bytes" in fewer("compile-c", "m.pt2", "--out", "c", "--test").stdout
+    assert "not empty" in fewer("compile-c", "m.pt2", "--out", "c", status=2).stderr
+    (tmp_path / "m.h5").write_text("")
+    assert "Keras HDF5" in fewer("compile-c", "m.h5", "--out", "d", status=2).stderr
