@@ -15,6 +15,7 @@ from torch import nn
 
 from fewer.control import UnsupportedLayer, compile_to_c
 from fewer.control.smart_composites.c_text import DOUBLE, FLOAT
+from fewer.control.smart_composites.command import compile_c
 from fewer.control.smart_composites.comparison import CASES, LastStep
 from fewer.control.smart_composites.compiler import network_of, network_texts
 from fewer.control.smart_composites.toolchain import STRICT
@@ -334,9 +335,12 @@ def test_without_a_compiler_the_text_is_written_and_build_says_what_to_install(t
         compiled.build()
 
 
-def test_the_command_writes_c_and_refuses_other_files(fewer, tmp_path):
+def test_the_command_writes_c_and_refuses_other_files(tmp_path, capsys):
     torch.export.save(torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), (torch.zeros(1, 3),)), tmp_path / "m.pt2")
-    assert "flash bytes" in fewer("compile-c", "m.pt2", "--out", "c", "--test").stdout
-    assert "not empty" in fewer("compile-c", "m.pt2", "--out", "c", status=2).stderr
+    compile_c(tmp_path / "m.pt2", out=tmp_path / "c", test=True)
+    assert "flash bytes" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match="not empty"):
+        compile_c(tmp_path / "m.pt2", out=tmp_path / "c")
     (tmp_path / "m.h5").write_text("")
-    assert "Keras HDF5" in fewer("compile-c", "m.h5", "--out", "d", status=2).stderr
+    with pytest.raises(ValueError, match="Keras HDF5"):
+        compile_c(tmp_path / "m.h5", out=tmp_path / "d")
