@@ -13,6 +13,7 @@ from torch import nn
 
 from fewer.control.smart_composites.comparison import CASES, onnx_session, sklearn_mlp
 from fewer.control.smart_composites.compiler import CompiledNetwork, compile_to_c
+from fewer.errors import require
 from fewer.study import Bench
 
 bench = Bench("smart-composites")
@@ -67,11 +68,9 @@ def ram() -> tuple[float, float]:
 
 def emlearn_measured(model: nn.Sequential) -> int:
     """Bytes of static variables in emlearn's C of the same MLP, by `size`."""
-    import emlearn
-
     from fewer.control.smart_composites.toolchain import host_compiler, run
 
-    where = folder()
+    emlearn, where = require("emlearn", "peers"), folder()
     with contextlib.chdir(where):  # it compiles into the working folder
         converted = emlearn.convert(sklearn_mlp(model), method="inline")
     converted.save(file=str(where / "peer.h"), name="peer")
