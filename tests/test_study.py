@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from guessing.study import study as guessing
@@ -23,6 +24,7 @@ from fewer.study import (
     Store,
     Study,
     Uniform,
+    Verdict,
     judge,
     make_record,
     plan,
@@ -237,6 +239,18 @@ def test_areas_and_thresholds_are_those_of_known_curves():
     assert results.mean("error", "a", n=2).value == 8.0
     with pytest.raises(NotTestable, match="it has some at: n=0; n=2; n=10"):
         results.mean("error", "a", n=3)
+
+
+def test_what_is_never_reached_survives_a_record():
+    study = Study("never", question="When?")
+    study.arm("a")(lambda task, trial: None)
+    study.claim("it comes")(lambda results: results.threshold("error", "a", over="n", reach=-1.0, better="lower") < 5)
+    rows = [Row("a", 0, "error", {"n": n}, 1.0) for n in (1, 2)]
+    (verdict,) = judge(study, Results(rows, ["a"]))
+    again = msgspec.json.decode(msgspec.json.encode(verdict), type=Verdict)
+    assert again == verdict
+    assert verdict.verdict == "fails"
+    assert str(again.ours[0]) == "never [never, never], claimed < 5"
 
 
 def test_a_curve_at_further_coordinates_is_one_of_several():

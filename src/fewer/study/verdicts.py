@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -12,17 +13,21 @@ from fewer.study.results import All, Comparison, NotTestable, Results
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Our figure in a claim, with its spread over seeds and the bound that it was held against."""
+    """Our figure in a claim, with its spread over seeds and the bound that it was held against.
+
+    None stands for infinity, which JSON cannot say: a value that was never reached.
+    """
 
     what: str
-    value: float
-    low: float
-    high: float
+    value: float | None
+    low: float | None
+    high: float | None
     op: str
     bound: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}], claimed {self.op} {self.bound:g}"
+        value, low, high = ("never" if each is None else f"{each:.4g}" for each in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}], claimed {self.op} {self.bound:g}"
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -48,5 +53,11 @@ def _judge_one(claim: Claim, results: Results) -> Verdict:
     except UserError as error:
         raise UserError(f"claim {claim.text!r}: {error}; mend the study") from error
     comparisons = outcome.parts if isinstance(outcome, All) else (outcome,) if isinstance(outcome, Comparison) else ()
-    ours = tuple(Measured(c.estimate.what, c.estimate.value, c.estimate.low, c.estimate.high, c.op, c.bound) for c in comparisons)
+    ours = tuple(
+        Measured(c.estimate.what, *map(_finite, (c.estimate.value, c.estimate.low, c.estimate.high)), c.op, c.bound) for c in comparisons
+    )
     return Verdict(claim.text, claim.paper, "holds" if outcome else "fails", ours, "" if outcome else claim.if_fails)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
