@@ -53,10 +53,13 @@ def _judge_one(claim: Claim, results: Results) -> Verdict:
     except UserError as error:
         raise UserError(f"claim {claim.text!r}: {error}; mend the study") from error
     comparisons = outcome.parts if isinstance(outcome, All) else (outcome,) if isinstance(outcome, Comparison) else ()
-    ours = tuple(
-        Measured(c.estimate.what, *map(_finite, (c.estimate.value, c.estimate.low, c.estimate.high)), c.op, c.bound) for c in comparisons
-    )
+    ours = tuple(_measured(comparison) for comparison in comparisons)
     return Verdict(claim.text, claim.paper, "holds" if outcome else "fails", ours, "" if outcome else claim.if_fails)
+
+
+def _measured(comparison: Comparison) -> Measured:
+    estimate = comparison.estimate
+    return Measured(estimate.what, _finite(estimate.value), _finite(estimate.low), _finite(estimate.high), comparison.op, comparison.bound)
 
 
 def _finite(value: float) -> float | None:
