@@ -175,7 +175,7 @@ def did_you_mean(word: str, known: Any) -> str:
 def search(words: str) -> list[Card]:
     """The cards in which every word stands, best match first (slug and title count most).
 
-    >>> [card.slug for card in search("forward backpropagation")]
+    >>> [card.slug for card in search("small cnns")]
     ['backprop-free-mlps']
     """
     wanted = words.casefold().split()
