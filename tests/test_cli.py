@@ -158,7 +158,14 @@ def test_a_full_disk_is_told_in_one_line(outside, tmp_path):
 def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(outside, tmp_path):
     words, environment = command("run", "guessing", "--seeds", "60"), command_environment(outside)
     process = subprocess.Popen(
-        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        words,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stderr is not None
     for line in process.stderr:
