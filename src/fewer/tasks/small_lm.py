@@ -134,7 +134,11 @@ def fetch_small_lm(
     Raises:
         UserError: an unknown preset, steps below 1, texts that cannot be read.
     """
-    chosen, corpus = preset_of(preset), corpus_of(text)
+    return _fetch(preset, steps, corpus_of(text), tell)
+
+
+def _fetch(preset: str, steps: int | None, corpus: Corpus, tell: Tell | None) -> Path:
+    chosen = preset_of(preset)
     recipe = chosen.recipe.of_length(steps) if chosen.recipe else None
     folder = lm_folder(chosen, corpus, recipe)
     return made_once(folder, lambda part: _make(chosen, corpus, recipe, part, tell or (lambda step, steps, words: None)))
@@ -144,7 +148,8 @@ def load_small_lm(
     preset: str = "family-s", *, steps: int | None = None, text: Sequence[Path | str] = (), tell: Tell | None = None
 ) -> SmallLM:
     """The small language model, loaded with its tokens (see `fetch_small_lm`)."""
-    return open_lm(fetch_small_lm(preset, steps=steps, text=text, tell=tell), corpus_of(text))
+    corpus = corpus_of(text)
+    return open_lm(_fetch(preset, steps, corpus, tell), corpus)
 
 
 def open_lm(folder: Path, corpus: Corpus) -> SmallLM:

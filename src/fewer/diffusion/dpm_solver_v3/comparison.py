@@ -16,10 +16,9 @@ from torch import Tensor
 from fewer.diffusion._shared import GaussianMixture, NoiseSchedule
 from fewer.diffusion.dpm_solver_v3.ems import EMS
 from fewer.diffusion.dpm_solver_v3.estimation import Mode, estimate_ems
-from fewer.tasks import folder_of, made_once
+from fewer.tasks import WEIGHTS, folder_of, made_once
 
 Denoise = Callable[[Tensor, Any], Tensor]
-FILE = "model.safetensors"  # as made_once asks
 
 
 def noise_levels(sigma_max: float, sigma_min: float, steps: int) -> Tensor:
@@ -104,11 +103,11 @@ def exact_ends(data: GaussianMixture, x: Tensor, sigma_max: float, sigma_min: fl
     def make(folder: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file({"x": data.transport(x, sigma_max, sigma_min)}, folder / FILE)
+        save_file({"x": data.transport(x, sigma_max, sigma_min)}, folder / WEIGHTS)
 
     from safetensors.torch import load_file
 
-    return load_file(made_once(folder_of("flows", "mixture", {"of": digest, "ends": [sigma_max, sigma_min]}), make) / FILE)["x"]
+    return load_file(made_once(folder_of("flows", "mixture", {"of": digest, "ends": [sigma_max, sigma_min]}), make) / WEIGHTS)["x"]
 
 
 def statistics_of(name: str, flow: Flow, data: Tensor, n: int, k: int, common: bool = True, mode: Mode = "forward", model: str = "") -> EMS:
@@ -121,9 +120,9 @@ def statistics_of(name: str, flow: Flow, data: Tensor, n: int, k: int, common: b
 
         draw = torch.Generator().manual_seed(1)
         ems = estimate_ems(flow.epsilon, flow.schedule, data, n, k, 512, common, draw, progress=False, mode=mode)
-        save_file({each: getattr(ems, each).contiguous() for each in ("lambdas", "l", "s", "b")}, folder / FILE)
+        save_file({each: getattr(ems, each).contiguous() for each in ("lambdas", "l", "s", "b")}, folder / WEIGHTS)
 
     from safetensors.torch import load_file
 
-    read = load_file(made_once(folder_of("ems", name, what), make) / FILE)
+    read = load_file(made_once(folder_of("ems", name, what), make) / WEIGHTS)
     return EMS(read["lambdas"], read["l"], read["s"], read["b"])

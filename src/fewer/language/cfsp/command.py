@@ -38,11 +38,11 @@ def prune(
 
     from fewer.language.cfsp import calibrate, recover, save_pruned
     from fewer.language.cfsp import prune as prune_model
+    from fewer.language.cfsp.model_files import check_writable
 
     if export not in ("list", "padded", "uniform"):
         raise ValueError(f"--export {export}; expected list, padded or uniform")
-    if out_dir.exists() and any(out_dir.iterdir() if out_dir.is_dir() else [out_dir]) and not overwrite:
-        raise FileExistsError(f"{out_dir} is not empty; expected a new directory: choose another, or --overwrite")
+    check_writable(out_dir, overwrite=overwrite)
     model, tokenizer = load_directory(model_dir)
     tokens = read_tokens(tokenizer, text, window)
     draw = torch.Generator().manual_seed(seed)

@@ -38,8 +38,7 @@ def save_pruned(model: nn.Module, out_dir: Path | str, tokenizer: Any = None, *,
         ValueError: the model's family is not known, or it has been saved in this form already.
     """
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise FileExistsError(f"{out} is not empty; expected a new directory: choose another, or overwrite (--overwrite)")
+    check_writable(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -53,6 +52,12 @@ def save_pruned(model: nn.Module, out_dir: Path | str, tokenizer: Any = None, *,
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def check_writable(out: Path, *, overwrite: bool) -> None:
+    """FileExistsError where something stands in the directory that may not be replaced."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise FileExistsError(f"{out} is not empty; expected a new directory: choose another, or overwrite (--overwrite)")
 
 
 def _write(model: nn.Module, folder: Path, export: Export) -> None:
