@@ -211,15 +211,24 @@ class Results:
         return bootstrap(lambda a: a, np.array(heights), what=f"mean {figure} of {arm} over {over}")
 
     def threshold(
-        self, figure: str, arm: str, *, over: str, reach: float, better: Literal["higher", "lower"] = "higher", **at: Any
+        self, figure: str, arm: str, *, over: str, reach: float | str, better: Literal["higher", "lower"] = "higher", **at: Any
     ) -> Estimate:
-        """The first coordinate at which the figure reaches a value, or infinity."""
+        """The first coordinate at which the figure reaches a value, or infinity.
+
+        Args:
+            reach: the value, or another arm, whose last value of the figure, of the same seed, is to be reached.
+        """
         met = OPERATORS[">=" if better == "higher" else "<="]
-        first = [
-            next((x for x, y in zip(*curve, strict=True) if met(y, reach)), math.inf)
-            for curve in self._over(figure, arm, over, at).values()
-        ]
-        return bootstrap(lambda a: a, np.array(first, dtype=float), what=f"{over} at which {figure} of {arm} reaches {reach:g}")
+        curves = self._over(figure, arm, over, at)
+        if isinstance(reach, str):
+            bars = {seed: float(y[-1]) for seed, (_, y) in self._over(figure, reach, over, at).items() if seed in curves}
+            if not bars:
+                raise NotTestable(f"{arm} and {reach} have no seed in common")
+        else:
+            bars = dict.fromkeys(curves, reach)
+        first = [next((x for x, y in zip(*curves[seed], strict=True) if met(y, bar)), math.inf) for seed, bar in bars.items()]
+        told = f"{reach}'s last" if isinstance(reach, str) else f"{reach:g}"
+        return bootstrap(lambda a: a, np.array(first, dtype=float), what=f"{over} at which {figure} of {arm} reaches {told}")
 
 
 def coordinates_key(coordinates: dict[str, Any]) -> Coordinates:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.data.fetching import cache_folder
+from fewer.data import WEIGHTS, folder_of, made_once
 
 BATCH, LR = 128, 4e-3
 
@@ -83,18 +79,22 @@ def trained(name: str, make: Callable[[], nn.Module], x: Tensor, y: Tensor, epoc
     Args:
         name: of the data and the network; with the recipe it names the weights' place in the cache.
     """
-    recipe = f"{name} {len(x)} {epochs} {BATCH} {LR} {inspect.getsource(inspect.getmodule(trained) or trained)}"
-    folder = cache_folder() / "mfac" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors"
+    recipe = {
+        "images": len(x),
+        "epochs": epochs,
+        "batch": BATCH,
+        "lr": LR,
+        "code": inspect.getsource(inspect.getmodule(trained) or trained),
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make()
-        with FileLock(folder / "lock"):
-            if not weights.is_file():
-                train(model, x, y, epochs)
-                _write(model, weights)
-    model.load_state_dict(load_file(weights))
+
+        def learn(folder: Path) -> None:
+            train(model, x, y, epochs)
+            save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
+
+        model.load_state_dict(load_file(made_once(folder_of("mfac", name.replace(" ", "-"), recipe), learn) / WEIGHTS))
     return model.eval()
 
 
@@ -108,11 +108,3 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
             schedule.step()
-
-
-def _write(model: nn.Module, target: Path) -> None:
-    """The weights, under another name until they are whole."""
-    handle, part = tempfile.mkstemp(dir=target.parent, suffix=".part")
-    os.close(handle)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
-    os.replace(part, target)

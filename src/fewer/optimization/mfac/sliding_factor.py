@@ -108,9 +108,20 @@ def last_column_of_inverse(upper: Float[Tensor, "m m"]) -> Float[Tensor, "m"]:
         >>> last_column_of_inverse(torch.tensor([[2.0, 1.0], [0.0, 2.0]]).double())
         tensor([-0.1250,  0.2500], dtype=torch.float64)
     """
-    unit = torch.zeros(len(upper), 1, dtype=upper.dtype)
-    unit[-1] = 1 / upper[-1, -1]
-    return torch.linalg.solve_triangular(upper, unit, upper=True)[:, 0]
+    return torch.from_numpy(_last_column(upper.numpy()))
+
+
+@numba.njit(cache=True, fastmath={"reassoc", "contract"})
+def _last_column(upper):  # pragma: no cover - compiled
+    m = len(upper)
+    column = np.zeros(m)
+    column[m - 1] = 1 / upper[m - 1, m - 1] ** 2
+    for k in range(m - 2, -1, -1):
+        rest = 0.0
+        for i in range(k + 1, m):
+            rest += upper[k, i] * column[i]
+        column[k] = -rest / upper[k, k]
+    return column
 
 
 def as_factor(matrix: np.ndarray | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fewer.optimization.mfac.checks import check_damping, check_length, check_memory, check_whole
-from fewer.optimization.mfac.row_products import combination, row_products
+from fewer.optimization.mfac.row_products import combination, put_row, row_products
 from fewer.optimization.mfac.sliding_factor import as_factor, factorise, last_column_of_inverse, replace_oldest, solve
 
 STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -117,7 +117,7 @@ class SlidingInverseFisher:
             )
         slot = self.seen % self.window
         row[slot] = row[-1]
-        self._grads[slot] = stored
+        put_row(self._grads, slot, stored)
         self._gram[slot] = self._gram[:, slot] = row[:-1]
         self.seen += 1
         self._update_factor(slot)
@@ -142,13 +142,13 @@ class SlidingInverseFisher:
             ValueError, FloatingPointError: as `push`.
         """
         self.push(g)
-        return self._combine(self.m * last_column_of_inverse(self._upper)).to(self.device, g.dtype)
+        return self._combine(self.m * last_column_of_inverse(self._upper), g.dtype).to(self.device)
 
-    def _combine(self, weights: Float[Tensor, "m"]) -> Float[Tensor, "d"]:
+    def _combine(self, weights: Float[Tensor, "m"], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d"]:
         """G^T y for weights by age."""
         by_slot = torch.zeros(self.window, dtype=torch.float64)
         by_slot[self._by_age()] = weights
-        return combination(self._grads, by_slot)
+        return combination(self._grads, by_slot, dtype)
 
     def _sum_over_group(self, products: Tensor) -> Tensor:
         """The members' parts of the products, summed: the only numbers that travel."""

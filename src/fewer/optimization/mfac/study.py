@@ -39,10 +39,12 @@ study = Study(
     baseline="sgd",
     objective="validation loss, negated",
     figures=[
-        Figure("accuracy_at_90", "accuracy at 90 % sparsity", "%", "higher"),
-        Figure("accuracy_at_90_joint", "the same, joint update", "%", "higher"),
-        Figure("accuracy", "accuracy over sparsity", "%", "higher"),
-        Figure("accuracy_joint", "the same, joint update", "%", "higher", detail=True),
+        Figure("accuracy", "accuracy at 90 % sparsity", "%", "higher", at={"sparsity": AT}),
+        Figure("accuracy_joint", "the same, joint update", "%", "higher", at={"sparsity": AT}),
+        Figure("accuracy", "accuracy over sparsity", "%", "higher", detail=True),
+        Figure("accuracy_joint", "accuracy over sparsity, joint update", "%", "higher", detail=True),
+        Figure("accuracy_at_90", "accuracy at 90 % sparsity", "%", "higher", detail=True),
+        Figure("accuracy_at_90_joint", "the same, joint update", "%", "higher", detail=True),
         Figure("dense_accuracy", "accuracy before pruning", "%", "higher", detail=True),
         Figure("prune.seconds", "gradients, scores and update", "s"),
         Figure("joint_seconds", "a joint update", "s", detail=True),
@@ -69,7 +71,7 @@ study = Study(
         Curve("validation_loss", over="step", x="elapsed", title="Validation loss over seconds of training"),
         Curve("push_seconds", over="d", log=True, title="Seconds of a push and a product over d"),
         Difference("final_loss", title="Final validation loss minus SGD's"),
-        Tradeoff("accuracy_at_90", "prune.seconds", log=True, title="Accuracy at 90 % sparsity against time"),
+        Tradeoff("accuracy", "prune.seconds", log=True, title="Accuracy at 90 % sparsity against time"),
     ],
     time_limit=4 * 3600,
 )
@@ -238,9 +240,8 @@ def more_is_not_worse(results: Results) -> Any:
     "mean; 240 steps do not even fill a window of 512",
 )
 def fewer_steps(results: Results) -> Any:
-    final = float(results.mean("final_loss", "sgd"))
     steps = max(dict(point)["step"] for point in results.curve("validation_loss", "sgd"))
-    return results.threshold("validation_loss", "mfac-512", over="step", reach=final, better="lower") < steps
+    return results.threshold("validation_loss", "mfac-512", over="step", reach="sgd", better="lower") < steps
 
 
 @study.claim("A step with m = 128 takes at most twice the time of SGD's, the gradient included", paper="about 1.5x to 2x their step time")
