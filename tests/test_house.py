@@ -16,6 +16,8 @@ import pytest
 
 from conftest import ROOT
 from fewer import papers
+from fewer.report import charts
+from fewer.study.recording import read_record
 
 SOURCE = ROOT / "src" / "fewer"
 ROOMS = ("papers", "errors", "study", "meters", "data", "tasks", "report", "scaffold", "doctor", "cli")
@@ -126,6 +128,14 @@ def test_a_method_has_all_its_parts(card):
     for text in (card.summary, card.when_not, card.costs):
         assert text.endswith("."), f"one sentence, ended by a full stop: {text!r}"
     assert importlib.import_module(card.package).__doc__
+
+
+@pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.slug)
+def test_every_chart_of_a_record_draws_something(card):
+    record = read_record(Path(card.folder))
+    assert record
+    empty = [charts.title(record, declaration) for declaration in record.charts if charts.chart(record, declaration) is None]
+    assert not empty
 
 
 def modules_with_examples() -> list[str]:

@@ -40,7 +40,7 @@ def record(tmp_path_factory):
     """A real record with every kind of chart, one of them without data, and a race."""
     with Store(tmp_path_factory.mktemp("page") / "store.sqlite", write=True) as store:
         outcome = run(plan(guessing, "guessing.study", seeds=3, store=store), store, LocalEngine())
-    race = RaceOutcome("a race", "a peer", "time", 0.5, 0.4, 0.6, 0.45, 0.001, 0.002, "s")
+    race = RaceOutcome("a race", "a peer", "time", 0.45, "s", 0.5, 0.4, 0.6, 0.001, 0.002)
     made = make_record(outcome, [race])
     shown = [Figure("final", "error", "%"), Figure("work.seconds", "time", "s"), Figure("error", "error")]
     declared = [

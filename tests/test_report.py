@@ -71,8 +71,8 @@ def test_a_card_shows_all_that_it_says(card):
 
 
 def test_a_race_says_who_won_and_what_was_asked_for():
-    won = RaceOutcome("quick", "peer", "time", 0.5, 0.4, 0.6, 0.8, 0.001, 0.002, "s")
-    lost = RaceOutcome("slow", "peer", "time", 0.9, 0.8, 1.1, 0.8, 0.009, 0.01, "s")
+    won = RaceOutcome("quick", "peer", "time", 0.8, "s", 0.5, 0.4, 0.6, 0.001, 0.002)
+    lost = RaceOutcome("slow", "peer", "time", 0.8, "s", 0.9, 0.8, 1.1, 0.009, 0.01)
     text = written(races_table([won, lost]), 160)
     assert "0.5" in text
     assert "0.9" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import msgspec
@@ -10,8 +11,10 @@ import pytest
 from guessing.study import study as guessing
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from fewer.errors import UserError
+from fewer.errors import UserError, require
+from fewer.report.terminal import races_table
 from fewer.study import (
     Bench,
     Choice,
@@ -237,6 +240,10 @@ def test_areas_and_thresholds_are_those_of_known_curves():
     assert results.threshold("error", "a", over="n", reach=8.0, better="lower").value == 2
     assert results.threshold("error", "a", over="n", reach=-1.0, better="lower").value == math.inf
     assert results.mean("error", "a", n=2).value == 8.0
+    slower = [Row("b", seed, "error", {"n": n}, 10.0 - n / (5 - seed)) for seed in (0, 1, 2) for n in (0, 2, 10)]
+    both = Results([*rows, *slower], ["a", "b"])
+    assert both.threshold("error", "a", over="n", reach="b", better="lower").per_seed.tolist() == [2.0, 10.0]  # b ends at 8 and at 7.5
+    assert both.threshold("error", "b", over="n", reach="a", better="lower").value == math.inf
     with pytest.raises(NotTestable, match="it has some at: n=0; n=2; n=10"):
         results.mean("error", "a", n=3)
 
@@ -307,3 +314,16 @@ def test_a_race_tells_a_ratio_that_is_known():
     assert 1.4 < race.ratio < 2.8
     assert not race.reached
     assert (count.ratio, count.reached) == (0.25, True)
+
+
+def test_a_race_whose_peer_is_not_installed_is_left_out_and_the_others_go_on():
+    bench = Bench("b")
+    bench.race("sums", peer="no_such_library", reach=1.0)(lambda: (sum, require("no_such_library", "peers").sum))
+    bench.quantity("numbers", peer="all", unit="", reach=0.5)(lambda: (1, 4))
+    race, count = bench.run()
+    assert (race.ratio, race.reached) == (None, None)
+    assert race.left_out == "no_such_library is not installed; install it with: pip install 'fewer[peers]'"
+    assert count.reached
+    buffer = io.StringIO()
+    Console(file=buffer, width=200).print(races_table([race, count]))
+    assert "left out: no_such_library is not installed" in buffer.getvalue()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fewer.data.made_once import is_whole
 from fewer.errors import UserError
 from fewer.tasks import fetch_small_lm, lm_training, load_small_lm, micro_lm, standard_library, text_corpus, token_loss
 from fewer.tasks.language_corpus import END, VOCABULARY, is_validation, token_stream, train_tokenizer
 from fewer.tasks.lm_training import Recipe, train, windows
-from fewer.tasks.made_once import is_whole
 from fewer.tasks.small_lm import PRESETS, lm_folder
 
 SHORT = Recipe(steps=6, batch=2, window=16, lr=1e-2, warm_up=2)

@@ -208,6 +208,9 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
         if outcome.failed:
             raise RuntimeError(f"a record needs every trial, and some failed: {outcome.failed}")
         races = _bench(slug, lambda race: None) if (Path(card.folder) / "bench.py").exists() else []
+        missing = [race.left_out for race in races if race.left_out]
+        if missing:
+            raise UserError(f"a record needs every race: {missing[0]}")
     made = msgspec.structs.replace(make_record(outcome, races), commit=commit)
     file = write_record(made, Path(card.folder))
     console().print(terminal.run_view(made))

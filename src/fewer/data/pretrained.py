@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
 from fewer.data.declarations import DataSet, File, Source
-from fewer.data.fetching import cache_folder, checksum, obtain
+from fewer.data.fetching import cache_folder, obtain
+from fewer.data.made_once import made_once
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -37,19 +34,11 @@ def fetch_smollm2() -> Path:
         DataUnavailable: the file can be had from nowhere; the message names the ways.
         MissingExtra: transformers is not installed.
     """
-    folder = cache_folder() / "models" / "smollm2-135m"
-    done = folder / "DONE"
-    if not done.is_file():
-        gguf = obtain(SMOLLM2)[GGUF]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not done.is_file():
-                _rebuild(gguf, folder)
-    return folder
+    return made_once(cache_folder() / "models" / "smollm2-135m", lambda part: _rebuild(obtain(SMOLLM2)[GGUF], part))
 
 
 def _rebuild(gguf: Path, folder: Path) -> None:
-    """Write the weights of a GGUF file as a plain Llama directory, whole or not at all.
+    """Write the weights of a GGUF file as a plain Llama directory.
 
     The loaded model still says that it is quantised and refuses to be saved: its weights go into one that does not.
     """
@@ -62,12 +51,5 @@ def _rebuild(gguf: Path, folder: Path) -> None:
     config.pop("quantization_config", None)
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     plain.load_state_dict(loaded.state_dict())
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        plain.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        (part / "DONE").write_text(checksum(part / "model.safetensors"))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

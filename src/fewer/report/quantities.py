@@ -8,14 +8,18 @@ BINARY = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 DECIMAL = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
-def show(value: float, unit: str = "") -> str:
+def show(value: float | None, unit: str = "") -> str:
     """A value in its unit, scaled for reading.
 
     >>> show(0.8561, "%"), show(0.0852, "s"), show(123.4, "s"), show(123456789, "bytes"), show(2.5e9, "FLOP"), show(0.0, "J")
     ('85.6 %', '85.2 ms', '2 min 3 s', '118 MiB', '2.5 GFLOP', '0 J')
     >>> show(float("nan"), "%")
     'NaN'
+    >>> show(None)
+    '-'
     """
+    if value is None:
+        return "-"
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):

@@ -263,8 +263,10 @@ def races_table(races: Sequence[RaceOutcome]) -> Table:
         table.add_column(column, overflow="fold")
     for race in races:
         asked = "-" if race.reach is None else f"≤ {race.reach:g}: {'reached' if race.reached else 'not reached'}"
-        spread = f"{race.low:.3g} to {race.high:.3g}" if race.kind == "time" else "-"
-        table.add_row(race.name, race.peer, f"{race.ratio:.3g}", spread, asked, show(race.ours, race.unit), show(race.theirs, race.unit))
+        if race.left_out:
+            asked = f"left out: {race.left_out}"
+        spread = f"{show(race.low)} to {show(race.high)}" if race.kind == "time" else "-"
+        table.add_row(race.name, race.peer, show(race.ratio), spread, asked, show(race.ours, race.unit), show(race.theirs, race.unit))
     return table
 
 

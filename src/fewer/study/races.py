@@ -10,28 +10,31 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from fewer.errors import MissingExtra
+
 PAIRS = 15
 WARM_UP = 2
 LONG_ENOUGH = 0.02  # seconds one timed block lasts at least
 
 
 class RaceOutcome(msgspec.Struct, frozen=True):
-    """How a race ended. The ratio is ours / peer (below 1: ours is faster, or needs less)."""
+    """How a race ended. The ratio is ours / peer (below 1: ours is faster, or needs less); None where it was left out."""
 
     name: str
     peer: str
     kind: Literal["time", "quantity"]
-    ratio: float
-    low: float  # 10th percentile over the pairs
-    high: float  # 90th percentile
-    reach: float | None  # the ratio that the specification asks for
-    ours: float  # median seconds of a call, or the quantity
-    theirs: float
+    reach: float | None  # the ratio that is asked for
     unit: str
+    ratio: float | None = None
+    low: float | None = None  # 10th percentile over the pairs
+    high: float | None = None  # 90th percentile
+    ours: float | None = None  # median seconds of a call, or the quantity
+    theirs: float | None = None
+    left_out: str = ""  # why: the peer is not installed
 
     @property
     def reached(self) -> bool | None:
-        return None if self.reach is None else self.ratio <= self.reach
+        return None if self.reach is None or self.ratio is None else self.ratio <= self.reach
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,21 @@ class Bench:
         return declare
 
     def run(self) -> Iterator[RaceOutcome]:
-        """Run the races one after the other."""
+        """Run the races one after the other; one whose peer is not installed is left out, and says so."""
         for race in self.races:
-            ours, theirs = race.make()
+            try:
+                ours, theirs = race.make()
+            except MissingExtra as missing:
+                yield RaceOutcome(race.name, race.peer, race.kind, race.reach, race.unit, left_out=str(missing))
+                continue
             if race.kind == "quantity":
-                yield RaceOutcome(
-                    race.name, race.peer, race.kind, ours / theirs, ours / theirs, ours / theirs, race.reach, ours, theirs, race.unit
-                )
+                ratio = float(ours / theirs)
+                yield RaceOutcome(race.name, race.peer, race.kind, race.reach, race.unit, ratio, ratio, ratio, float(ours), float(theirs))
                 continue
             times = time_pairs(ours, theirs)
-            ratios = times[:, 0] / times[:, 1]
-            low, middle, high = (float(value) for value in np.quantile(ratios, [0.1, 0.5, 0.9]))
-            medians = np.median(times, axis=0)
-            yield RaceOutcome(
-                race.name, race.peer, race.kind, middle, low, high, race.reach, float(medians[0]), float(medians[1]), race.unit
-            )
+            low, middle, high = (float(value) for value in np.quantile(times[:, 0] / times[:, 1], [0.1, 0.5, 0.9]))
+            ours_median, theirs_median = (float(median) for median in np.median(times, axis=0))
+            yield RaceOutcome(race.name, race.peer, race.kind, race.reach, race.unit, middle, low, high, ours_median, theirs_median)
             del ours, theirs
             gc.collect()
 

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from fewer.data import load_digits, load_mnist
 from fewer.data.fetching import cache_folder
+from fewer.data.made_once import WEIGHTS, folder_of, made_once
 from fewer.errors import UserError
 from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser, train_denoiser
 from fewer.tasks.digit_features import DigitFeatures, train_features
-from fewer.tasks.made_once import WEIGHTS, folder_of, made_once
 
 VERSION = 1  # of all that is not in the recipe: raise it when the code trains another model from the same settings
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.02

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewer.data.fetching import cache_folder
+from fewer.data.made_once import folder_of, made_once
 from fewer.errors import UserError
 from fewer.tasks.language_corpus import END, VOCABULARY, Corpus, standard_library, text_corpus, token_stream, train_tokenizer
 from fewer.tasks.lm_training import Recipe, token_loss, train
-from fewer.tasks.made_once import folder_of, made_once
 
 if TYPE_CHECKING:
     from torch import Tensor

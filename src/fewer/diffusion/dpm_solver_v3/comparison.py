@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewer.data import WEIGHTS, folder_of, made_once
 from fewer.diffusion._shared import GaussianMixture, NoiseSchedule
 from fewer.diffusion.dpm_solver_v3.ems import EMS
 from fewer.diffusion.dpm_solver_v3.estimation import Mode, estimate_ems
-from fewer.tasks import WEIGHTS, folder_of, made_once
 
 Denoise = Callable[[Tensor, Any], Tensor]
 

@@ -144,7 +144,7 @@ def lm_info(
 
     Example: fewer lm info
     """
-    from fewer.tasks.made_once import is_whole
+    from fewer.data.made_once import is_whole
     from fewer.tasks.small_lm import corpus_of, lm_folder, preset_of
 
     chosen = preset_of(preset)

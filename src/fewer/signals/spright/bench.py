@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewer.errors import require
 from fewer.signals.spright.comparison import PeerSignal, exact_support, k_sparse, k_sparse_array
 from fewer.signals.spright.queries import ArrayFunction
 from fewer.signals.spright.recovery import sparse_wht
@@ -47,20 +48,18 @@ def against_full_26() -> tuple[Call, Call]:
 
 @bench.race("array lookup, N = 2^22, K = 64 (hadamard-transform)", peer="hadamard-transform", reach=1 / 20)
 def against_hadamard_transform() -> tuple[Call, Call]:
-    from hadamard_transform import hadamard_transform
-
+    peer = require("hadamard_transform", "peers")
     ours, array = lookups(22)
     tensor = torch.as_tensor(array)
-    return ours, lambda: hadamard_transform(tensor)
+    return ours, lambda: peer.hadamard_transform(tensor)
 
 
 @bench.race("full transform, N = 2^20", peer="hadamard-transform", reach=1.0)
 def full_transform() -> tuple[Call, Call]:
-    from hadamard_transform import hadamard_transform
-
+    peer = require("hadamard_transform", "peers")
     x = np.random.default_rng(0).standard_normal(2**20)
     tensor = torch.as_tensor(x)
-    return lambda: fwht(x), lambda: hadamard_transform(tensor)
+    return lambda: fwht(x), lambda: peer.hadamard_transform(tensor)
 
 
 @bench.race("n = 20, K = 100, exact support", peer="sparse-transform", reach=1 / 3)
