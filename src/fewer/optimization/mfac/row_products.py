@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 TILE = 16384  # columns at most: 128 KB of float64, which a second-level cache holds while all rows pass by
-QUICK = 1 << 18  # entries of G below which a second thread costs more than it saves
+QUICK = 1 << 21  # entries of G below which waking a second thread costs more than it saves
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
