@@ -117,6 +117,10 @@ def test_a_matrix_that_rounding_made_indefinite_is_factored_all_the_same():
     assert bool((duplicates @ draw(30)).isfinite().all())
 
 
+def test_finite_gradients_whose_sum_overflows_are_taken():
+    assert InverseFisher(torch.full((2, 4), 3e38), damping=1.0).diagonal().isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -28,9 +28,10 @@ def check_gradients(grads: object) -> None:
         raise ValueError(f"grads is {given}; expected a floating-point tensor [m, d]: one flattened gradient per row")
     if grads.numel() == 0:
         raise ValueError(f"grads is {tuple(grads.shape)}, which is empty; expected at least one gradient of at least one weight")
-    if not bool(grads.sum(dtype=torch.float64).isfinite()):
-        row = int((~grads.isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"grads has a NaN or infinite value in row {row}; expected finite gradients: drop that row")
+    if not bool(grads.sum().isfinite()):  # one quick pass; a sum of finite entries may overflow, so then they are looked at one by one
+        rows = (~grads.isfinite().all(1)).nonzero()[:, 0].tolist()
+        if rows:
+            raise ValueError(f"grads has a NaN or infinite value in row {rows[0]}; expected finite gradients: drop that row")
 
 
 def check_length(x: Tensor, d: int, *, columns: bool = False) -> None:
