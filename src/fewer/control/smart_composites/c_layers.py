@@ -11,6 +11,7 @@ from fewer.control.smart_composites.c_text import Number, activation_function, a
 from fewer.control.smart_composites.network import Layer
 
 PANEL = 16  # outputs whose sums are kept in registers together
+TILE = 4  # pixels of a convolution whose sums, of PANEL channels each, are kept in registers together
 QUANTIZED = {"int8": ("signed char", 127), "q15": ("short", 32767)}
 
 
@@ -105,42 +106,71 @@ class LayerText:
         )
 
     def _conv(self, layer: Layer, name: str, weights: str) -> str:
-        weight, t = layer.weights["weight"], self.number.type
+        """Blocks of output channels and pixels: each weight that is read serves TILE pixels, each input all channels of the block."""
+        weight, groups = layer.weights["weight"], layer.settings["groups"]
         outputs, channels, kh, kw = weight.shape
+        each = outputs // groups
+        block = min(PANEL, each)
+        rows = weight.reshape(groups, each, -1)
+        order = np.concatenate([in_panels(np.arange(rows[0].size).reshape(each, -1), block) + g * rows[0].size for g in range(groups)])
+        w, scale, ctype = self.matrix(weights, weight.reshape(outputs, -1), lambda flat: flat.reshape(-1)[order])
+        height, width = as_image(layer.in_shape)
+        pixels = math.prod(as_image(layer.shape))
+        pointers = {"b": self.vector(f"{weights}_bias", layer.weights["bias"])} | ({"scale": scale} if scale else {})
+        text = f"    const {ctype} *w = {w};\n    const {self.number.type} " + ", ".join(f"*{k} = {v}" for k, v in pointers.items()) + ";\n"
+        text += f"    for (int g = 0; g < {groups}; g++, x += {channels * height * width}) {{\n"
+        for count, wide in ((each // block, block), (each % block > 0, each % block)):
+            if count:
+                along = f"w += {wide * channels * kh * kw}, y += {wide * pixels}, " + ", ".join(f"{key} += {wide}" for key in pointers)
+                text += f"    for (int o = 0; o < {int(count)}; o++, {along}) {{\n{self._channels(layer, wide, bool(scale))}    }}\n"
+        return self._function(name, text + "    }\n")
+
+    def _channels(self, layer: Layer, block: int, scaled: bool) -> str:
+        """All pixels of `block` output channels: TILE at a time where the kernel is inside the image, one by one near its edges."""
+        kh, kw = layer.weights["weight"].shape[2:]
         (sh, sw), (ph, pw), (dh, dw) = (layer.settings[key] for key in ("stride", "padding", "dilation"))
         height, width = as_image(layer.in_shape)
         out_height, out_width = as_image(layer.shape)
-        w, scale, ctype = self.matrix(weights, weight.reshape(outputs, -1), lambda rows: rows)
-        b = self.vector(f"{weights}_bias", layer.weights["bias"])
-        sigma = self.activation(layer.activation)
-        begin = self.number.literal(0) if scale else f"{b}[o]"
-        end = sigma(f"row[j] * {scale}[o] + {b}[o]" if scale else "row[j]")
-        finish = f"            for (int j = 0; j < {out_width}; j++) row[j] = {end};\n" if scale or layer.activation else ""
-        group = f"(o / {outputs // layer.settings['groups']}) * {channels} + c" if layer.settings["groups"] > 1 else "c"
-        step = "j" if sw == 1 else f"j * {sw}"
-        body = f"""    for (int o = 0; o < {outputs}; o++) {{
-        for (int i = 0; i < {out_height}; i++) {{
-            {t} *restrict row = y + (o * {out_height} + i) * {out_width};
-            for (int j = 0; j < {out_width}; j++) row[j] = {begin};
-            for (int c = 0; c < {channels}; c++) {{
-                for (int p = 0; p < {kh}; p++) {{
-                    const int r = i * {sh} + p * {dh} - {ph};
-                    if (r < 0 || r >= {height}) continue;
-                    const {t} *line = x + (({group}) * {height} + r) * {width};
-                    const {ctype} *w = {w} + ((o * {channels} + c) * {kh} + p) * {kw};
-                    for (int q = 0; q < {kw}; q++) {{
-                        const int at = q * {dw} - {pw}, room = {width - 1} - at;
-                        const int from = at < 0 ? (-at + {sw - 1}) / {sw} : 0;
-                        const int last = room < 0 ? 0 : room / {sw} + 1, to = last < {out_width} ? last : {out_width};
-                        const {t} wq = w[q];
-                        for (int j = from; j < to; j++) row[j] += wq * line[{step} + at];
-                    }}
-                }}
+        first = -(-pw // sw)
+        end = min((width - 1 - (kw - 1) * dw + pw) // sw + 1, out_width)
+        inside = f"j >= {first} && j + {TILE} <= {end}"
+        return f"""        for (int i = 0; i < {out_height}; i++) {{
+            const int top = i * {sh} - {ph}, under = {height - 1} - top;
+            const int p0 = top < 0 ? (-top + {dh - 1}) / {dh} : 0, p1 = under < {(kh - 1) * dh} ? (under < 0 ? 0 : under / {dh} + 1) : {kh};
+            int j = 0;
+            while (j < {out_width}) {{
+                const int left = j * {sw} - {pw};
+                if ({inside}) {{
+{self._tile(layer, block, TILE, "0", str(kw), scaled)}                }} else {{
+                    const int room = {width - 1} - left;
+                    const int q0 = left < 0 ? (-left + {dw - 1}) / {dw} : 0, q1 = room < {(kw - 1) * dw} ? (room < 0 ? 0 : room / {dw} + 1) : {kw};
+{self._tile(layer, block, 1, "q0", "q1", scaled)}                }}
             }}
-{finish}        }}
-    }}
+        }}
 """
-        return self._function(name, body)
+
+    def _tile(self, layer: Layer, block: int, tile: int, q0: str, q1: str, scaled: bool) -> str:
+        """`block` channels of `tile` neighbouring pixels: their sums stay in registers."""
+        channels, kh, kw = layer.weights["weight"].shape[1:]
+        height, width = as_image(layer.in_shape)
+        out_height, out_width = as_image(layer.shape)
+        t, pad, dw, sw = self.number.type, " " * 20, layer.settings["dilation"][1], layer.settings["stride"][1]
+        sums, k = range(tile), f"for (int k = 0; k < {block}; k++)"
+        sigma = self.activation(layer.activation)
+        weight = f"({t})w[v + k]" if scaled else "w[v + k]"
+        begin = "".join(f"s{n}[k] = " for n in sums) + (self.number.literal(0) if scaled else "b[k]")
+        values = ", ".join(f"x{n} = x[at + q * {dw} + {n * sw}]" for n in sums)
+        ends = (sigma(f"s{n}[k] * scale[k] + b[k]" if scaled else f"s{n}[k]") for n in sums)
+        stores = "".join(f"{pad}    y[(k * {out_height} + i) * {out_width} + j + {n}] = {end};\n" for n, end in enumerate(ends))
+        return (
+            f"{pad}{t} {', '.join(f's{n}[{block}]' for n in sums)};\n{pad}{k} {begin};\n{pad}for (int c = 0; c < {channels}; c++)\n"
+            f"{pad}    for (int p = p0; p < p1; p++) {{\n"
+            f"{pad}        const int at = (c * {height} + top + p * {layer.settings['dilation'][0]}) * {width} + left;\n"
+            f"{pad}        for (int q = {q0}; q < {q1}; q++) {{\n{pad}            const int v = ((c * {kh} + p) * {kw} + q) * {block};\n"
+            f"{pad}            const {t} {values};\n"
+            f"{pad}            {k} {{ const {t} wk = {weight}; {' '.join(f's{n}[k] += wk * x{n};' for n in sums)} }}\n"
+            f"{pad}        }}\n{pad}    }}\n{pad}{k} {{\n{stores}{pad}}}\n{pad}j += {tile};\n"
+        )
 
     def _pool(self, layer: Layer, name: str, begin: str, take: str, end: str) -> str:
         (kh, kw), (sh, sw), (ph, pw), (dh, dw) = (layer.settings[key] for key in ("kernel", "stride", "padding", "dilation"))

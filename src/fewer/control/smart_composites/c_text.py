@@ -132,6 +132,12 @@ def array_text(declaration: str, items: list[str]) -> str:
     return f"static const {declaration}[{len(items)}] = {{\n    " + ",\n    ".join(lines) + "\n};\n"
 
 
+def short_tanh() -> str:
+    """tanh of a float by one expf, and near 0, where 1 - 2 / (e^2x + 1) would lose digits, by its Taylor series; tanhf takes three times as long."""
+    near = "x + x * s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f)))"
+    return f"const float s = x * x; return s < 0.09f ? {near} : 1.0f - 2.0f / (1.0f + expf(2.0f * x));"
+
+
 def activation_function(name: str, activation: tuple, number: Number) -> str:
     """The C text of y = sigma(x). Comparisons are put so that NaN goes through."""
     kind, parameters = activation[0], activation[1:]
@@ -143,6 +149,8 @@ def activation_function(name: str, activation: tuple, number: Number) -> str:
         body = f"return x < {n(0)} ? x * {n(parameters[0])} : x;"
     elif kind == "sigmoid":
         body = f"return {one} / ({one} + {call('exp', '-x')});"
+    elif kind == "tanh" and number.type == "float":
+        body = short_tanh()
     elif kind == "tanh":
         body = f"return {call('tanh', 'x')};"
     elif kind in ("elu", "selu"):

@@ -334,7 +334,8 @@ class CompiledNetwork:
     def _bind(self) -> Any:
         library = ctypes.CDLL(str(self.build()))
         predict, reset = library[f"{self.name}_predict"], library[f"{self.name}_reset"]
-        x, y = np.zeros(self.network.inputs, self.number.numpy), np.zeros(self.network.outputs, self.number.numpy)
+        x = np.zeros(self.network.inputs, self.number.numpy)
+        y = np.zeros(self.network.producer(self.network.output).shape, self.number.numpy)
         state = ctypes.create_string_buffer(self.ram_bytes + 16)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, y)] + [ctypes.cast(state, ctypes.c_void_p)]
         predict.restype = reset.restype = None
@@ -357,7 +358,7 @@ class CompiledNetwork:
             raise ValueError(f"x has {values.size} numbers; expected {into.size}: one input of shape {self.network.input_shape}")
         into[:] = values.reshape(-1)
         predict(*pointers)
-        return out.reshape(self.network.producer(self.network.output).shape).copy()
+        return out.copy()
 
     def reset(self) -> None:
         """Begin a new sequence."""

@@ -15,7 +15,7 @@ from fewer.control.smart_composites.c_text import DOUBLE, FLOAT, Number, array_t
 from fewer.control.smart_composites.compiler import network_texts
 from fewer.control.smart_composites.controller_text import CURVED, FLAT, HEADER, SOURCE
 from fewer.control.smart_composites.files import check_folder, write_files
-from fewer.control.smart_composites.toolchain import Sizes, build_library, measure_sizes
+from fewer.control.smart_composites.toolchain import FAST, Sizes, build_library, measure_sizes
 
 if TYPE_CHECKING:
     from fewer.control.smart_composites.controller import PredictiveController
@@ -106,7 +106,7 @@ class CompiledController:
             size.write_text(
                 f'#include "{self.name}_mpc.h"\nint state_size(void);\nint state_size(void) {{ return (int)sizeof({self.name}_mpc_state); }}\n'
             )
-            build_library([*self.sources, size], target, ("-O3", "-march=native", f"-I{self.files[0].parent}"))
+            build_library([*self.sources, size], target, (*FAST, f"-I{self.files[0].parent}"))
         return target
 
     def _bind(self) -> Any:
