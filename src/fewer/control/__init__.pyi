@@ -13,6 +13,7 @@ from .smart_composites import (
     mass_spring_damper,
     simulate,
     tendon_finger,
+    tune_lqr,
     tune_pid,
     van_der_pol,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "simulate",
     "smart_composites",
     "tendon_finger",
+    "tune_lqr",
     "tune_pid",
     "van_der_pol",
 ]

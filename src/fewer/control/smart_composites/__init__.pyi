@@ -1,4 +1,4 @@
-from .baselines import LQR, PID, tune_pid
+from .baselines import LQR, PID, tune_lqr, tune_pid
 from .compiler import CompiledNetwork, compile_to_c
 from .controller import PredictiveController
 from .controller_c import CompiledController
@@ -20,6 +20,7 @@ __all__ = [
     "mass_spring_damper",
     "simulate",
     "tendon_finger",
+    "tune_lqr",
     "tune_pid",
     "van_der_pol",
 ]

@@ -49,24 +49,31 @@ class PID:
         self.last = error
         wanted = self.rest + self.mixing @ (kp * error + ki * (self.integral + error * self.dt) + kd * self.rate)
         u = np.clip(wanted, self.lower, self.upper)
-        if np.allclose(u, wanted):
+        if (u == wanted).all():
             self.integral = self.integral + error * self.dt
         return u
 
 
 def tune_pid(error_of: Callable[[float, float, float, float], float], trials: int, seed: int, top: float = 300.0) -> tuple[float, ...]:
-    """Gains (kp, ki, kd) and smoothing that Optuna finds in so many simulations; `error_of` is what it lowers."""
+    """Gains (kp, ki, kd) up to `top` and smoothing that Optuna finds in so many simulations; `error_of` is what it lowers."""
+    gains = dict.fromkeys(("kp", "ki", "kd"), (0.0001 * top, top, True))
+    return _tuned(error_of, gains | {"smooth": (0.0, 0.9, False)}, trials, seed)
+
+
+def tune_lqr(error_of: Callable[[float, float], float], trials: int, seed: int) -> tuple[float, ...]:
+    """The weight r of the input and the noise that the observer believes in, likewise."""
+    return _tuned(error_of, {"r": (1e-8, 1e-2, True), "noise": (1e-4, 1e-1, True)}, trials, seed)
+
+
+def _tuned(error_of: Callable[..., float], ranges: dict[str, tuple[float, float, bool]], trials: int, seed: int) -> tuple[float, ...]:
+    """The best of so many points of Optuna's tree-structured Parzen estimator; a range is (low, high, logarithmic)."""
     optuna = require("optuna", "control")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=trials // 4))
-
-    def objective(trial: Any) -> float:
-        kp, ki, kd = (trial.suggest_float(name, 1e-4 * top, top, log=True) for name in ("kp", "ki", "kd"))
-        return error_of(kp, ki, kd, trial.suggest_float("smooth", 0.0, 0.9))
-
-    study.optimize(objective, n_trials=trials)
-    best = study.best_params
-    return best["kp"], best["ki"], best["kd"], best["smooth"]
+    study.optimize(
+        lambda trial: error_of(*(trial.suggest_float(name, low, high, log=log) for name, (low, high, log) in ranges.items())), trials
+    )
+    return tuple(study.best_params[name] for name in ranges)
 
 
 class LQR:

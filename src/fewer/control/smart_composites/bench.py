@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fewer.control.smart_composites.comparison import CASES, onnx_session, sklearn_mlp
+from fewer.control.smart_composites.comparison import CASES, emlearn_c, onnx_session
 from fewer.control.smart_composites.compiler import CompiledNetwork, compile_to_c
-from fewer.errors import require
+from fewer.control.smart_composites.toolchain import measure_sizes
 from fewer.study import Bench
 
 bench = Bench("smart-composites")
@@ -48,12 +47,12 @@ def declare(name: str, reach: float) -> None:
 
 def compiled_macs(name: str) -> str:
     return {
-        "mlp-4-16-1": "80", "mlp-10-32-32-4": "1.5k", "gru-4-16": "10k", "cnn-4-12": "15k", "mlp-1024-1024-64": "1.1M",
-        "cnn-16-28": "1.0M",
+        "mlp-4-16-1": "80", "mlp-10-32-32-4": "1.5k", "rnn-4-16": "3k", "signal-cnn-8": "7k", "mlp-64-128-10": "9k", "gru-4-16": "10k",
+        "lstm-4-16": "13k", "cnn-4-12": "16k", "mlp-1024-1024-64": "1.1M", "cnn-16-28": "1.0M",
     }[name]  # fmt: skip
 
 
-for network in ("mlp-4-16-1", "mlp-10-32-32-4", "gru-4-16", "cnn-4-12"):
+for network in ("mlp-4-16-1", "mlp-10-32-32-4", "rnn-4-16", "signal-cnn-8", "mlp-64-128-10", "gru-4-16", "lstm-4-16", "cnn-4-12"):
     declare(network, 0.5)
 for network in ("mlp-1024-1024-64", "cnn-16-28"):
     declare(network, 3.0)
@@ -68,14 +67,5 @@ def ram() -> tuple[float, float]:
 
 def emlearn_measured(model: nn.Sequential) -> int:
     """Bytes of static variables in emlearn's C of the same MLP, by `size`."""
-    from fewer.control.smart_composites.toolchain import host_compiler, run
-
-    emlearn, where = require("emlearn", "peers"), folder()
-    with contextlib.chdir(where):  # it compiles into the working folder
-        converted = emlearn.convert(sklearn_mlp(model), method="inline")
-    converted.save(file=str(where / "peer.h"), name="peer")
-    text = '#include "peer.h"\nint call(const float *x, int n, float *y, int m);\nint call(const float *x, int n, float *y, int m)\n'
-    (where / "peer.c").write_text(text + "{ return peer_regress(x, n, y, m); }\n")
-    run(host_compiler(), "-Os", f"-I{emlearn.includedir}", "-c", str(where / "peer.c"), "-o", str(where / "peer.o"))
-    words = run("size", str(where / "peer.o")).splitlines()[1].split()
-    return int(words[1]) + int(words[2])
+    source, flags = emlearn_c(model, folder())
+    return measure_sizes([source], flags=flags).static_ram

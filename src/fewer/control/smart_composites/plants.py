@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-SUBSTEPS = 10  # Runge-Kutta steps a sample
+SUBSTEPS = 5  # Runge-Kutta steps a sample
 
 Slope = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

@@ -6,16 +6,20 @@ compiled. Every controller but LQR sees only recorded inputs and outputs. All fi
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch._dynamo  # noqa: F401 - Adam imports it at its first use; here it is paid for once, not in every trial
+from torch import nn
 
-from fewer.control.smart_composites.baselines import LQR, PID, tune_pid
+from fewer.control.smart_composites.baselines import LQR, PID, tune_lqr, tune_pid
 from fewer.control.smart_composites.comparison import (
     CASES,
     CONTROL_HORIZON,
@@ -23,8 +27,11 @@ from fewer.control.smart_composites.comparison import (
     DT,
     EXCITED,
     HORIZON,
+    LAMBDA,
     STEPS,
+    TRIALS,
     circle,
+    emlearn_c,
     finger,
     learned,
     onnx_session,
@@ -33,7 +40,9 @@ from fewer.control.smart_composites.comparison import (
 )
 from fewer.control.smart_composites.compiler import compile_to_c
 from fewer.control.smart_composites.controller import PredictiveController
+from fewer.control.smart_composites.emulator import controller_setup, cortex_m4_instructions, missing_tools, network_setup
 from fewer.control.smart_composites.plants import Plant, Trajectory, simulate
+from fewer.control.smart_composites.toolchain import FAST, build_library, measure_sizes
 from fewer.study import Bars, Figure, NotTestable, Results, Scale, Study, Trial
 
 REFERENCES = ("steps", "sine 0.5 Hz", "sine 2 Hz", "swirl")
@@ -57,6 +66,8 @@ study = Study(
         Figure("ram_bytes", "RAM", "bytes"),
         Figure("one_step_rmse", "one-step error of the model", "m", detail=True),
         Figure("call_seconds", "latency of a network", "s", detail=True),
+        Figure("deviation", "largest deviation from torch", "", detail=True),
+        Figure("instructions", "instructions on an emulated Cortex-M4F", "", detail=True),
     ],
     charts=[Bars(("relative_error", "circle_error"), title="Tracking errors beside the PID loop's")],
     time_limit=1800,
@@ -98,27 +109,30 @@ def log(trial: Trial, run: Trajectory, name: str) -> None:
         trial.log("settling_time", run.settling_time())
 
 
-def predictive(plant: Plant, trial: Trial, hidden: int, Lambda: float, sharpness: float, **settings: Any) -> PredictiveController:
+def predictive(plant: Plant, trial: Trial, hidden: int, Lambda: float, **settings: Any) -> PredictiveController:
     model = learned(plant, trial.seed, hidden)
     trial.log("one_step_rmse", model.one_step_rmse, plant="finger" if plant.inputs == 2 else "spring")
     nd, dd = DELAYS
     return PredictiveController(
-        model.model, HORIZON, CONTROL_HORIZON, 1.0, Lambda, (plant.lower, plant.upper), sharpness, nd, dd, **settings
-    )  # fmt: skip
+        model.model, HORIZON, CONTROL_HORIZON, 1.0, Lambda, (plant.lower, plant.upper), past_inputs=nd, past_outputs=dd, **settings
+    )
 
 
-def steer(work: Tracking, trial: Trial, as_c: bool = False, **settings: Any) -> None:
-    """The learned controller on both plants."""
-    controller = predictive(spring(trial.seed), trial, 14, 1e-5, 1e-4, **settings)
+def steer(work: Tracking, trial: Trial, **settings: Any) -> None:
+    """The learned controller on both plants, and the mass's as C."""
+    controller = predictive(spring(trial.seed), trial, 14, LAMBDA, **settings)
     track(work, trial, controller)
-    if as_c and shutil.which("gcc"):
+    if shutil.which("gcc"):
         with tempfile.TemporaryDirectory() as folder:
             compiled = controller.compile_to_c(folder, name="spring")
             run = simulate(spring(trial.seed), compiled, work.references["swirl"], DT, work.steps, seed=1000 + trial.seed)
             trial.log("c_step_seconds", float(np.median(run.seconds)))
             trial.log("flash_bytes", compiled.flash_bytes)
             trial.log("ram_bytes", compiled.ram_bytes)
-    on_finger = predictive(finger(trial.seed), trial, 16, 1.0, 1e-3, **settings)
+            if trial.scale is Scale.FULL and not missing_tools():
+                counts = cortex_m4_instructions(compiled.sources, controller_setup("spring"), optimise="-O3")
+                trial.log("instructions", float(np.median(counts)))
+    on_finger = predictive(finger(trial.seed), trial, 16, 1.0, **settings)
     run = simulate(finger(trial.seed), on_finger, work.circle, DT, work.steps, seed=1000 + trial.seed)
     trial.log("circle_error", settled_error(run))
 
@@ -131,58 +145,64 @@ def settled_error(run: Trajectory) -> float:
 
 @study.arm("nr-mpc-1", label="NR-MPC, 1 iteration")
 def one_iteration(work: Tracking, trial: Trial) -> None:
-    steer(work, trial, as_c=True, max_iter=1)
+    steer(work, trial, max_iter=1)
 
 
 @study.arm("nr-mpc-3", label="NR-MPC, 3 iterations")
 def three_iterations(work: Tracking, trial: Trial) -> None:
-    steer(work, trial, as_c=True, max_iter=3)
+    steer(work, trial, max_iter=3)
 
 
 @study.arm("gauss-newton", label="Gauss-Newton, 1 iteration")
 def gauss_newton(work: Tracking, trial: Trial) -> None:
-    steer(work, trial, as_c=True, max_iter=1, gauss_newton=True)
+    steer(work, trial, max_iter=1, gauss_newton=True)
 
 
 @study.arm("nr-mpc-converged", label="NR-MPC, converged")
 def converged(work: Tracking, trial: Trial) -> None:
-    steer(work, trial, max_iter=20, rtol=1e-4)
+    track(work, trial, predictive(spring(trial.seed), trial, 14, LAMBDA, max_iter=20, rtol=1e-4))
 
 
-def tuned(error_of: Callable[[Any], float], plant: Plant, trial: Trial, steps: int, top: float, **more: Any) -> PID:
-    """A PID loop tuned by as many simulated samples as the model was learned from."""
+def mean_error(work: Tracking, plant: Plant, controller: Any) -> float:
+    """What PID and LQR are tuned by: the RMS error on every whole reference, relative to the reference's, mean."""
+    runs = [simulate(plant, controller, reference, DT, work.steps) for reference in work.references.values()]
+    return float(np.mean([run.rms_error / np.sqrt(np.mean(run.reference**2)) for run in runs]))
 
-    def error(kp: float, ki: float, kd: float, smooth: float) -> float:
-        return error_of(PID(kp, ki, kd, DT, plant.lower, plant.upper, smooth=smooth, **more))
 
-    kp, ki, kd, smooth = tune_pid(error, EXCITED // steps, trial.seed, top)
-    trial.note("gains", f"kp {kp:.4g}, ki {ki:.4g}, kd {kd:.4g}")
-    return PID(kp, ki, kd, DT, plant.lower, plant.upper, smooth=smooth, **more)
+def tuned(error_of: Callable[[Any], float], plant: Plant, trial: Trial, top: float, **more: Any) -> PID:
+    """A PID loop tuned by `TRIALS` simulations, each of all that it will follow."""
+
+    def loop(kp: float, ki: float, kd: float, smooth: float) -> PID:
+        return PID(kp, ki, kd, DT, plant.lower, plant.upper, smooth=smooth, **more)
+
+    gains = tune_pid(lambda *gains: error_of(loop(*gains)), TRIALS, trial.seed, top)
+    trial.note("gains", "kp {:.4g}, ki {:.4g}, kd {:.4g}, smooth {:.2g}".format(*gains))
+    return loop(*gains)
 
 
 @study.arm("pid", label="PID, tuned")
 def pid(work: Tracking, trial: Trial) -> None:
-    each = 25  # samples of each reference in a tuning simulation
-    plant = spring(trial.seed)
-
-    def spring_error(controller: PID) -> float:
-        runs = [simulate(plant, controller, reference[: each + 1], DT, each) for reference in work.references.values()]
-        return float(np.mean([run.rms_error / np.sqrt(np.mean(run.reference**2)) for run in runs]))
-
-    track(work, trial, tuned(spring_error, plant, trial, 4 * each, 300.0))
-    arm = finger(trial.seed)
+    plant, arm = spring(trial.seed), finger(trial.seed)
+    track(work, trial, tuned(lambda loop: mean_error(work, plant, loop), plant, trial, 300.0))
     mixing = np.array([[1.0, -1.0], [-1.0, -1.0]]) / 60  # the difference of the tensions bends to the side, their sum shortens
 
     def finger_error(controller: PID) -> float:
-        return settled_error(simulate(arm, controller, work.circle, DT, 100))
+        return settled_error(simulate(arm, controller, work.circle, DT, work.steps))
 
-    loop = tuned(finger_error, arm, trial, 100, 100.0, mixing=mixing, rest=0.5)
+    loop = tuned(finger_error, arm, trial, 100.0, mixing=mixing, rest=0.5)
     trial.log("circle_error", settled_error(simulate(arm, loop, work.circle, DT, work.steps, seed=1000 + trial.seed)))
 
 
-@study.arm("lqr", label="LQR, knows the plant")
+@study.arm("lqr", label="LQR, knows the plant, tuned")
 def lqr(work: Tracking, trial: Trial) -> None:
-    track(work, trial, LQR([[0, 1], [-5, -0.5]], [[0], [1]], [[1, 0]], DT, 1.0, 1e-5, 1e-3, [-10], [10]))
+    plant = spring(trial.seed)
+
+    def regulator(r: float, noise: float) -> LQR:
+        return LQR([[0, 1], [-5, -0.5]], [[0], [1]], [[1, 0]], DT, 1.0, r, noise, [-10], [10])
+
+    r, noise = tune_lqr(lambda r, noise: mean_error(work, plant, regulator(r, noise)), TRIALS, trial.seed)
+    trial.note("weights", f"r {r:.4g}, noise {noise:.4g}")
+    track(work, trial, regulator(r, noise))
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
@@ -205,6 +225,34 @@ def as_c(work: Tracking, trial: Trial) -> None:
             trial.log("call_seconds", median_seconds(lambda: compiled.predict(values)), network=name)  # noqa: B023 - called at once
             trial.log("flash_bytes", compiled.flash_bytes, network=name)
             trial.log("ram_bytes", compiled.ram_bytes, network=name)
+            if trial.scale is Scale.FULL and not missing_tools():
+                counts = cortex_m4_instructions([compiled.source], network_setup("net"), optimise="-O3")
+                trial.log("instructions", float(np.median(counts)), network=name)
+
+
+@study.arm("emlearn", against="c", label="MLPs by emlearn")
+def by_emlearn(work: Tracking, trial: Trial) -> None:
+    """It reads scikit-learn's and Keras' MLPs alone; m2cgen reads no network, so that it has no arm."""
+    for name in ("mlp-4-16-1", "mlp-10-32-32-4", "mlp-64-128-10"):  # those that a microcontroller holds
+        model, x = CASES[name].built()
+        assert isinstance(model, nn.Sequential)
+        with tempfile.TemporaryDirectory() as folder:
+            source, flags = emlearn_c(model, Path(folder))
+            library = ctypes.CDLL(str(build_library([source], Path(folder) / "peer.so", (*FAST, "-w", *flags))))
+            values, into, out = x.numpy(), np.zeros(x.numel(), np.float32), np.zeros(model(x).numel(), np.float32)
+            places = [ctypes.c_void_p(into.ctypes.data), into.size, ctypes.c_void_p(out.ctypes.data), out.size]
+
+            def call() -> np.ndarray:
+                into[:] = values.reshape(-1)  # noqa: B023 - called at once
+                library["call"](*places)  # noqa: B023
+                return out.copy()  # noqa: B023
+
+            wanted = model(x).detach().numpy().ravel()
+            trial.log("deviation", float(np.abs(call() - wanted).max() / np.abs(wanted).max()), network=name)
+            trial.log("call_seconds", median_seconds(call), network=name)
+            sizes = measure_sizes([source], flags=flags)
+            trial.log("flash_bytes", sizes.flash, network=name)
+            trial.log("ram_bytes", max(sizes.static_ram, 1), network=name)
 
 
 @study.arm("onnxruntime", label="onnxruntime, one thread")

@@ -28,11 +28,12 @@ def host_compiler() -> str:
     )
 
 
-def run(*words: str) -> str:
+def run(*words: str, both: bool = False) -> str:
+    """What a program prints (with what it prints as errors, where `both`); RuntimeError where it fails."""
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
-    return done.stdout
+    return done.stdout + done.stderr * both
 
 
 def build_library(sources: list[Path], target: Path, flags: tuple[str, ...] = FAST) -> Path:
