@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 import subprocess
@@ -14,152 +13,11 @@ import torch
 from torch import nn
 
 from fewer.control import UnsupportedLayer, compile_to_c
-from fewer.control.smart_composites.c_text import DOUBLE, FLOAT
 from fewer.control.smart_composites.command import compile_c
 from fewer.control.smart_composites.comparison import CASES, LastStep
-from fewer.control.smart_composites.compiler import network_of, network_texts
 from fewer.control.smart_composites.toolchain import STRICT
 
 torch.set_num_threads(1)
-ACTIVATIONS = [
-    nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardsigmoid, nn.GELU,
-    lambda: nn.GELU(approximate="tanh"), nn.Identity,
-]  # fmt: skip
-
-
-class Residual(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return torch.relu(x + self.inner(x))
-
-
-class Sequence(nn.Module):
-    def __init__(self, layer: nn.RNNBase) -> None:
-        super().__init__()
-        self.layer, self.head = layer, nn.Linear(layer.hidden_size, 2)
-
-    def forward(self, x):
-        return self.head(self.layer(x)[0])
-
-
-def random_network(rng) -> tuple[nn.Module, tuple[int, ...]]:
-    """A network of random depth, widths, kernels, strides, padding, dilation and groups."""
-
-    def pick(*options):
-        return options[rng.integers(len(options))]
-
-    def activation():
-        return pick(*ACTIVATIONS)()
-
-    kind = pick("mlp", "mlp", "conv1", "conv2", "conv2", "recurrent")
-    if kind == "mlp":
-        sizes = [int(each) for each in rng.integers(1, 40, rng.integers(2, 5))]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(sizes):
-            layers += [nn.Linear(before, after, bias=bool(rng.integers(2))), activation()]
-            if rng.random() < 0.3:
-                layers.append(nn.BatchNorm1d(after))
-            if rng.random() < 0.3 and after > 1:
-                layers.append(nn.LayerNorm(after))
-            if rng.random() < 0.3:
-                layers.append(Residual(nn.Linear(after, after)))
-        return nn.Sequential(*layers, *([nn.Softmax(-1)] if rng.random() < 0.3 else [])), (sizes[0],)
-    if kind == "recurrent":
-        cell, inputs, hidden = pick(nn.RNN, nn.GRU, nn.LSTM), int(rng.integers(1, 6)), int(rng.integers(1, 20))
-        more = {"nonlinearity": pick("tanh", "relu")} if cell is nn.RNN else {}
-        layer = cell(inputs, hidden, batch_first=True, bias=bool(rng.integers(2)), **more)
-        return pick(lambda: LastStep(layer, 3), lambda: Sequence(layer))(), (int(rng.integers(1, 7)), inputs)
-    groups = pick(1, 1, 2)
-    channels, middle = groups * int(rng.integers(1, 4)), groups * int(rng.integers(1, 5))
-    kernel, stride, padding, dilation = int(rng.integers(1, 4)), pick(1, 1, 2), int(rng.integers(0, 3)), pick(1, 1, 2)
-    one = kind == "conv1"
-    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if one else (nn.Conv2d, nn.BatchNorm2d)
-    pool = pick(nn.MaxPool1d, nn.AvgPool1d) if one else pick(nn.MaxPool2d, nn.AvgPool2d)
-    shape = (channels, *([int(rng.integers(9, 14))] if one else [int(each) for each in rng.integers(9, 14, 2)]))
-    layers = [conv(channels, middle, kernel, stride, padding, dilation, groups)]
-    layers += [norm(middle)] * bool(rng.integers(2)) + [activation()]
-    layers += [pool(2, pick(1, 2), pick(0, 1))] * bool(rng.integers(2)) + [norm(middle)] * (rng.random() < 0.2) + [nn.Flatten()]
-    model = nn.Sequential(*layers).eval()
-    features = model(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*layers, nn.Linear(features, 3)), shape
-
-
-def networks(count: int, seed: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
-    torch.manual_seed(seed)
-    made = [random_network(np.random.default_rng([seed, each])) for each in range(count)]
-    for model, _ in made:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.running_mean = torch.randn(module.num_features)
-                module.running_var = torch.rand(module.num_features) + 0.5
-        model.eval()
-    return made
-
-
-def run_together(folder, models, number, flags=("-O2",), wrap=(), nan=False) -> list[np.ndarray]:
-    """Compile many networks into one program that prints every output; two calls each, so that reset is tried, too."""
-    folder.mkdir(exist_ok=True)
-    rng, calls, sources, inputs = np.random.default_rng(0), [], [], []
-    for index, (model, shape) in enumerate(models):
-        x = np.full(shape, np.nan) if nan else rng.standard_normal(shape).astype(np.float32)
-        network, name = network_of(model, torch.zeros(1, *shape, dtype=next(model.parameters()).dtype)), f"n{index}"
-        texts = network_texts(network, name, number)
-        (folder / f"{name}.h").write_text(texts[f"{name}.h"])
-        sources.append(texts[f"{name}.c"])
-        inputs.append(x)
-        values = ", ".join("NAN" if v != v else number.literal(v) for v in x.ravel())
-        calls.append(
-            f"static void call{index}(void) {{ static const {number.type} x[] = {{{values}}}; {number.type} y[{network.outputs}];\n"
-            f"{name}_state s; {name}_reset(&s); {name}_predict(x, y, &s); {name}_reset(&s); {name}_predict(x, y, &s);\n"
-            f'for (int i = 0; i < {network.outputs}; i++) printf("%.17g ", (double)y[i]);\nprintf("\\n"); }}\n'
-        )
-    main = "".join(sources) + "#include <stdio.h>\n" + "".join(calls)
-    main += "int main(void) {\n" + "".join(f"call{index}();\n" for index in range(len(calls))) + "return 0; }\n"
-    (folder / "all.c").write_text(main)
-    subprocess.run(["gcc", *STRICT, *flags, f"-I{folder}", str(folder / "all.c"), "-o", str(folder / "all"), "-lm"], check=True)
-    done = subprocess.run([*wrap, str(folder / "all")], check=True, capture_output=True, text=True)
-    outputs = [np.array([float(word) for word in line.split()]) for line in done.stdout.splitlines()]
-    return list(zip(outputs, inputs, strict=True))
-
-
-def worst(results, models) -> float:
-    """The largest error relative to the largest output, over all networks."""
-    errors = []
-    for (out, x), (model, _) in zip(results, models, strict=True):
-        dtype = next(model.parameters()).dtype
-        with torch.no_grad():
-            wanted = model(torch.as_tensor(x, dtype=dtype)[None]).numpy().ravel()
-        errors.append(np.abs(out - wanted).max() / max(np.abs(wanted).max(), 1e-2))
-    return max(errors)
-
-
-def test_200_random_networks_equal_torch(tmp_path):
-    models = networks(200, 1)
-    parts = [models[start : start + 50] for start in range(0, 200, 50)]
-    assert max(worst(run_together(tmp_path / f"f{n}", part, FLOAT), part) for n, part in enumerate(parts)) <= 1e-5
-
-
-def test_double_equals_torch_in_double_under_the_sanitizers(tmp_path):
-    models = [(model.double(), shape) for model, shape in networks(40, 2)]
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    assert worst(run_together(tmp_path / "d", models, DOUBLE, flags), models) <= 1e-12
-
-
-@pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
-def test_valgrind_finds_nothing(tmp_path):
-    run_together(tmp_path / "v", networks(20, 3), FLOAT, ("-O1", "-g"), ("valgrind", "-q", "--error-exitcode=9"))
-
-
-def test_nan_in_gives_nan_out(tmp_path):
-    models = [(model, shape) for model, shape in networks(40, 4)]
-    for (out, _), (model, shape) in zip(run_together(tmp_path / "n", models, FLOAT, nan=True), models, strict=True):
-        with torch.no_grad():
-            wanted = model(torch.full((1, *shape), torch.nan)).numpy().ravel()
-        assert np.array_equal(np.isnan(out), np.isnan(wanted))
-        assert np.isnan(out).all() or not np.isnan(wanted).all()
 
 
 def test_weights_in_the_text_are_the_tensors_bit_for_bit_and_the_text_is_the_same_each_time(tmp_path):
@@ -176,19 +34,6 @@ def test_weights_in_the_text_are_the_tensors_bit_for_bit_and_the_text_is_the_sam
         assert np.array_equal(unpacked, layer.weight.detach().numpy())
         body = re.search(rf"net_w{index}_bias\[\d+\] = {{(.*?)}};", text, re.S)[1]
         assert np.array_equal([np.float32(word.strip().removesuffix("f")) for word in body.split(",")], layer.bias.detach().numpy())
-
-
-@pytest.mark.parametrize("cell", [nn.RNN, nn.GRU, nn.LSTM])
-def test_a_sequence_fed_step_by_step_equals_torch_on_the_whole(cell, tmp_path):
-    torch.manual_seed(0)
-    model, x = Sequence(cell(3, 8, batch_first=True)).eval(), torch.randn(1, 12, 3)
-    compiled = compile_to_c(model, x[:, :1], tmp_path)
-    wanted = model(x).detach().numpy()[0]
-    for _ in range(2):
-        compiled.reset()
-        got = np.concatenate([compiled.predict(x[0, step].numpy()) for step in range(12)])
-        assert np.abs(got - wanted).max() < 1e-5
-    assert np.abs(compiled.predict(x[0, 0].numpy())[0] - wanted[0]).max() > 1e-4, "without a reset it goes on"
 
 
 @pytest.mark.parametrize("name", ["mlp-10-32-32-4", "cnn-4-12", "signal-cnn-8", "gru-4-16", "lstm-4-16", "rnn-4-16"])

@@ -1,0 +1,168 @@
+"""Random networks as C: equal to torch in float and double, clean under the sanitizers, NaN for NaN; recurrent ones step by step."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fewer.control import compile_to_c
+from fewer.control.smart_composites.c_text import DOUBLE, FLOAT
+from fewer.control.smart_composites.comparison import LastStep
+from fewer.control.smart_composites.compiler import network_of, network_texts
+from fewer.control.smart_composites.toolchain import STRICT
+
+torch.set_num_threads(1)
+SANITIZED = ("-O1", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+ACTIVATIONS = [
+    nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardsigmoid, nn.GELU,
+    lambda: nn.GELU(approximate="tanh"), nn.Identity,
+]  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.relu(x + self.inner(x))
+
+
+class Sequence(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(layer.hidden_size, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0])
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network of any depth, widths, kernels, strides, padding, dilation and groups, and the shape of its input."""
+
+    def whole(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    def pick(*options):
+        return draw(st.sampled_from(options))
+
+    torch.manual_seed(whole(0, 10**6))
+    kind = pick("mlp", "conv1", "conv2", "recurrent")
+    if kind == "mlp":
+        sizes = draw(st.lists(st.integers(1, 40), min_size=2, max_size=4))
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(sizes):
+            layers += [nn.Linear(before, after, bias=draw(st.booleans())), pick(*ACTIVATIONS)()]
+            more = pick(None, None, nn.BatchNorm1d, nn.LayerNorm, lambda size: Residual(nn.Linear(size, size)))
+            layers += [more(after)] if more and not (more is nn.LayerNorm and after == 1) else []
+        return nn.Sequential(*layers, *pick([], [nn.Softmax(-1)])), (sizes[0],)
+    if kind == "recurrent":
+        cell, inputs = pick(nn.RNN, nn.GRU, nn.LSTM), whole(1, 6)
+        more = {"nonlinearity": pick("tanh", "relu")} if cell is nn.RNN else {}
+        layer = cell(inputs, whole(1, 20), batch_first=True, bias=draw(st.booleans()), **more)
+        return pick(lambda: LastStep(layer, 3), lambda: Sequence(layer))(), (whole(1, 6), inputs)
+    one, groups = kind == "conv1", pick(1, 1, 2, 3)
+    channels, middle = groups * whole(1, 3), groups * pick(1, 2, 3, 4, 5, 17)
+    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if one else (nn.Conv2d, nn.BatchNorm2d)
+    pool = pick(nn.MaxPool1d, nn.AvgPool1d) if one else pick(nn.MaxPool2d, nn.AvgPool2d)
+    layers = [conv(channels, middle, whole(1, 3), whole(1, 3), whole(0, 2), whole(1, 2), groups)]
+    layers += [norm(middle)] * draw(st.booleans()) + [pick(*ACTIVATIONS)()]
+    layers += pick([], [pool(2, whole(1, 2), whole(0, 1))]) + pick([], [], [norm(middle)]) + [nn.Flatten()]
+    shape = (channels, whole(9, 13)) if one else (channels, whole(9, 13), whole(9, 13))
+    features = nn.Sequential(*layers).eval()(torch.zeros(1, *shape)).shape[1]
+    return nn.Sequential(*layers, nn.Linear(features, 3)), shape
+
+
+def many(count: int, examples: int):
+    """`count` networks at a time, since one call of gcc for all is much quicker than one for each."""
+    together = given(st.lists(networks(), min_size=count, max_size=count))
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.function_scoped_fixture]
+    return lambda test: settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=checks
+    )(together(test))
+
+
+def traced(models):
+    """With batch norms that have seen something, and as the compiler reads them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for model, shape in models:
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                    module.running_mean = torch.randn(module.num_features)
+                    module.running_var = torch.rand(module.num_features) + 0.5
+            yield model.eval(), shape, network_of(model, torch.zeros(1, *shape))
+
+
+def run_together(folder, cases, number, flags=("-O2",), wrap=()) -> list[tuple[np.ndarray, ...]]:
+    """Compile many networks into one program; for each its input, what the C says of it after a reset, and what it says of NaN."""
+    folder.mkdir(exist_ok=True)
+    rng, calls, sources, inputs = np.random.default_rng(0), [], [], []
+    for index, (_, shape, network) in enumerate(cases):
+        x, name, t = rng.standard_normal(shape).astype(np.float32), f"n{index}", number.type
+        texts = network_texts(network, name, number)
+        (folder / f"{name}.h").write_text(texts[f"{name}.h"])
+        sources.append(texts[f"{name}.c"])
+        inputs.append(x)
+        values = ", ".join(number.literal(v) for v in x.ravel())
+        calls.append(
+            f"static void call{index}(void) {{ static const {t} x[] = {{{values}}}; {t} y[{network.outputs}], nan[{x.size}];\n"
+            f"for (int i = 0; i < {x.size}; i++) nan[i] = ({t})NAN;\n{name}_state s; {name}_reset(&s); {name}_predict(nan, y, &s);\n"
+            f'for (int i = 0; i < {network.outputs}; i++) printf("%d ", y[i] != y[i]);\n'
+            f"{name}_reset(&s); {name}_predict(x, y, &s); {name}_reset(&s); {name}_predict(x, y, &s);\n"
+            f'for (int i = 0; i < {network.outputs}; i++) printf("%.17g ", (double)y[i]);\nprintf("\\n"); }}\n'
+        )
+    main = "".join(sources) + "#include <stdio.h>\n" + "".join(calls)
+    main += "int main(void) {\n" + "".join(f"call{index}();\n" for index in range(len(calls))) + "return 0; }\n"
+    (folder / "all.c").write_text(main)
+    subprocess.run(["gcc", *STRICT, *flags, f"-I{folder}", str(folder / "all.c"), "-o", str(folder / "all"), "-lm"], check=True)
+    done = subprocess.run([*wrap, str(folder / "all")], check=True, capture_output=True, text=True)
+    said = [np.array([float(word) for word in line.split()]) for line in done.stdout.splitlines()]
+    return [(x, *np.split(row, 2)[::-1]) for x, row in zip(inputs, said, strict=True)]
+
+
+def check(results, cases, tolerance: float, dtype: torch.dtype) -> None:
+    """Within `tolerance` of torch's outputs, relative to the largest; NaN where torch says NaN of NaN."""
+    for (x, out, nans), (model, shape, _) in zip(results, cases, strict=True):
+        with torch.no_grad():
+            wanted = model.to(dtype)(torch.as_tensor(x, dtype=dtype)[None]).numpy().ravel()
+            of_nan = model(torch.full((1, *shape), torch.nan, dtype=dtype)).numpy().ravel()
+        assert np.abs(out - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-2), model
+        assert np.array_equal(nans.astype(bool), np.isnan(of_nan)), model
+
+
+@many(50, examples=4)
+def test_200_random_networks_equal_torch_in_float_and_double_and_say_nan_of_nan(tmp_path, models):
+    """40 of them in double under the sanitizers of addresses and undefined behaviour."""
+    cases = list(traced(models))
+    check(run_together(tmp_path / "f", cases, FLOAT), cases, 1e-5, torch.float32)
+    check(run_together(tmp_path / "d", cases[:10], DOUBLE, SANITIZED), cases[:10], 1e-12, torch.float64)
+
+
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
+@many(10, examples=2)
+def test_valgrind_finds_nothing(tmp_path, models):
+    run_together(tmp_path / "v", list(traced(models)), FLOAT, ("-O1", "-g"), ("valgrind", "-q", "--error-exitcode=9"))
+
+
+@pytest.mark.parametrize("cell", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_sequence_fed_step_by_step_equals_torch_on_the_whole(cell, tmp_path):
+    torch.manual_seed(0)
+    model, x = Sequence(cell(3, 8, batch_first=True)).eval(), torch.randn(1, 12, 3)
+    compiled = compile_to_c(model, x[:, :1], tmp_path)
+    wanted = model(x).detach().numpy()[0]
+    for _ in range(2):
+        compiled.reset()
+        got = np.concatenate([compiled.predict(x[0, step].numpy()) for step in range(12)])
+        assert np.abs(got - wanted).max() < 1e-5
+    assert np.abs(compiled.predict(x[0, 0].numpy())[0] - wanted[0]).max() > 1e-4, "without a reset it goes on"
