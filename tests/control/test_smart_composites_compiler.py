@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from fewer.control import UnsupportedLayer, compile_to_c
-from fewer.control.smart_composites.command import compile_c
+from conftest import ROOT
+from fewer.control import PredictiveController, UnsupportedLayer, compile_to_c
 from fewer.control.smart_composites.comparison import CASES, LastStep
+from fewer.control.smart_composites.emulator import controller_setup, cortex_m4_instructions, missing_tools, network_setup
 from fewer.control.smart_composites.toolchain import STRICT
 
 torch.set_num_threads(1)
@@ -34,6 +37,23 @@ def test_weights_in_the_text_are_the_tensors_bit_for_bit_and_the_text_is_the_sam
         assert np.array_equal(unpacked, layer.weight.detach().numpy())
         body = re.search(rf"net_w{index}_bias\[\d+\] = {{(.*?)}};", text, re.S)[1]
         assert np.array_equal([np.float32(word.strip().removesuffix("f")) for word in body.split(",")], layer.bias.detach().numpy())
+
+
+def test_weights_of_a_convolution_and_a_gru_read_back_bit_for_bit_as_panels(tmp_path):
+    """Channels and gates in panels of 16 and one of the rest, groups one after the other."""
+    torch.manual_seed(0)
+    conv, gru = nn.Conv2d(6, 38, 3, groups=2), nn.GRU(3, 7, batch_first=True)
+    text = compile_to_c(conv, torch.zeros(1, 6, 8, 8), tmp_path / "a").source.read_text()
+    text += compile_to_c(LastStep(gru, 1), torch.zeros(1, 2, 3), tmp_path / "b", name="g").source.read_text()
+    for name, rows in (("net_w0", conv.weight.reshape(2, 19, -1)), ("g_w0_hh", gru.weight_hh_l0[None])):
+        body = re.search(rf"{name}\[\d+\] = {{(.*?)}};", text, re.S)[1]
+        read, at = np.array([np.float32(word.strip().removesuffix("f")) for word in body.split(",")]), 0
+        for group in rows.detach().numpy():
+            for start in range(0, len(group), 16):
+                panel = group[start : start + 16]
+                assert np.array_equal(read[at : at + panel.size].reshape(panel.shape[1], -1).T, panel)
+                at += panel.size
+        assert at == read.size
 
 
 @pytest.mark.parametrize("name", ["mlp-10-32-32-4", "cnn-4-12", "signal-cnn-8", "gru-4-16", "lstm-4-16", "rnn-4-16"])
@@ -66,6 +86,66 @@ def test_reported_sizes_are_the_measured_ones(name, tmp_path):
     sections = subprocess.run(["size", "-A", str(tmp_path / "n.o")], capture_output=True, text=True, check=True).stdout
     flash = sum(int(line.split()[1]) for line in sections.splitlines() if line.startswith((".text", ".rodata")))
     assert abs(compiled.flash_bytes - flash) <= 0.05 * flash
+
+
+PAINT = """#include "@header"
+#include <stdio.h>
+#include <string.h>
+#include <ucontext.h>
+static unsigned char stack[1 << 16];
+static ucontext_t here, there;
+@setup
+static void nothing(void) {}
+static int depth(void (*f)(void))
+{
+    int free = 0;
+    memset(stack, 0xA5, sizeof stack);
+    getcontext(&there);
+    there.uc_stack.ss_sp = stack; there.uc_stack.ss_size = sizeof stack; there.uc_link = &here;
+    makecontext(&there, f, 0);
+    swapcontext(&here, &there);
+    while (stack[free] == 0xA5) free++;
+    return (int)sizeof stack - free;
+}
+int main(void) { prepare(); call(); printf("%d", (int)sizeof state + depth(call) - depth(nothing)); return 0; }
+"""
+
+
+@pytest.mark.parametrize("name", ["mlp-64-128-10", "signal-cnn-8", "the controller"])
+def test_buffers_and_stack_are_what_a_painted_stack_shows(name, tmp_path):
+    if name == "the controller":
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 14), nn.Tanh(), nn.Linear(14, 1)).double()
+        controller = PredictiveController(model, (1, 12), 4, bounds=(-1, 1), past_inputs=1, past_outputs=3, max_iter=1)
+        compiled, header, setup = controller.compile_to_c(tmp_path / "c"), "net_mpc.h", controller_setup("net")
+        sources = compiled.sources
+    else:
+        compiled, header, setup = compile_to_c(*CASES[name].built(), tmp_path / "c"), "net.h", network_setup("net")
+        sources = [compiled.source]
+    (tmp_path / "paint.c").write_text(PAINT.replace("@header", header).replace("@setup", setup))
+    program = str(tmp_path / "paint")
+    files = [str(tmp_path / "paint.c"), *map(str, sources)]
+    subprocess.run(["gcc", "-Os", f"-I{tmp_path / 'c'}", *files, "-o", program, "-lm"], check=True)
+    painted = int(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+    assert abs(compiled.ram_bytes + compiled.sizes.stack - painted) <= 0.1 * painted
+    assert (
+        f"{compiled.sizes.flash} bytes of code and constants, {compiled.sizes.stack} bytes of stack"
+        in (tmp_path / "c" / "README.md").read_text()
+    )
+
+
+@pytest.mark.skipif(bool(missing_tools()), reason=missing_tools())
+def test_an_emulated_cortex_m4_runs_the_c_in_a_counted_number_of_instructions(tmp_path):
+    compiled = compile_to_c(*CASES["mlp-10-32-32-4"].built(), tmp_path)
+    first, *others = cortex_m4_instructions([compiled.source], network_setup("net"), 3, "-O3")
+    assert compiled.macs < first < 10 * compiled.macs
+    assert all(abs(other - first) <= 80 for other in others)
+
+
+def test_without_the_emulator_it_is_said_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="apt install gcc-arm-none-eabi"):
+        cortex_m4_instructions([tmp_path / "net.c"], "")
 
 
 def test_two_networks_link_into_one_program_and_cxx_takes_the_headers(tmp_path):
@@ -172,6 +252,31 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+def test_a_write_that_fails_midway_leaves_what_was_there_before(tmp_path):
+    """The disk takes 4 kB a file: the header fits, the weights do not."""
+    old = compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in old.files}
+    code = (
+        "import resource, sys, torch; from torch import nn; from fewer.control import compile_to_c\n"
+        "from fewer.control.smart_composites import compiler; compiler.sizes_of = lambda texts: None\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "for folder in ('old', 'a/new'):\n"
+        "    try: compile_to_c(nn.Linear(64, 64), torch.zeros(1, 64), folder, overwrite=True)\n"
+        "    except OSError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("File too large") == 2, done.stderr
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+    assert [each.name for each in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_replaced(tmp_path):
+    (tmp_path / "c" / "net.c").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"net\.c is a folder"):
+        compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "c", overwrite=True)
+    assert [each.name for each in (tmp_path / "c").iterdir()] == ["net.c"]
+
+
 def test_without_a_compiler_the_text_is_written_and_build_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     compiled = compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "out")
@@ -180,12 +285,18 @@ def test_without_a_compiler_the_text_is_written_and_build_says_what_to_install(t
         compiled.build()
 
 
-def test_the_command_writes_c_and_refuses_other_files(tmp_path, capsys):
+def test_the_verb_writes_c_and_refuses_in_one_line(fewer, tmp_path):
+    here = {"PYTHONPATH": str(ROOT / "src")}
     torch.export.save(torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), (torch.zeros(1, 3),)), tmp_path / "m.pt2")
-    compile_c(tmp_path / "m.pt2", out=tmp_path / "c", test=True)
-    assert "flash bytes" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match="not empty"):
-        compile_c(tmp_path / "m.pt2", out=tmp_path / "c")
+    said = json.loads(fewer("compile-c", "m.pt2", "--out", "c", "--name", "arm", "--test", "--json", **here).stdout)
+    assert said["macs"] == 12
+    assert {"arm.h", "arm.c", "arm_test.c", "CMakeLists.txt", "library.json", "README.md"} == {
+        each.name for each in (tmp_path / "c").iterdir()
+    }
+    done = fewer("compile-c", "m.pt2", "--out", "c", status=2, **here)
+    assert "is not empty" in done.stderr
+    assert done.stderr.count("\n") == 1
     (tmp_path / "m.h5").write_text("")
-    with pytest.raises(ValueError, match="Keras HDF5"):
-        compile_c(tmp_path / "m.h5", out=tmp_path / "d")
+    assert "Keras HDF5" in fewer("compile-c", "m.h5", "--out", "d", status=2, **here).stderr
+    assert not (tmp_path / "d").exists()
+    assert "dependency-free C" in " ".join(fewer("show", "smart-composites", **here).stdout.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import platform
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,9 +22,14 @@ from fewer.control.smart_composites.files import check_folder, write_files
 from fewer.control.smart_composites.from_torch import network_from_export, network_from_module
 from fewer.control.smart_composites.network import Network, simplified
 from fewer.control.smart_composites.plan import plan_buffers
-from fewer.control.smart_composites.toolchain import Sizes, arm_sizes, build_library, host_compiler, measure_sizes
+from fewer.control.smart_composites.toolchain import Sizes, arm_sizes, build_library, host_compiler, measure_sizes, sizes_of
 
 CYCLES_PER_MAC, CYCLES_PER_ACTIVATION = 5, 120  # an estimate for a Cortex-M4F: two loads and a multiply-add; a call of expf or tanhf
+LEVELS = (
+    "\nMatrices stand in panels of 16 outputs, and in each panel input by input, so that they are read once and in order. For a Cortex-M4F, "
+    "-O3 keeps the sums of a panel in registers (about a third of the instructions of -Os); for x86-64, gcc 12 needs -O2 to make vectors of "
+    "them.\n"
+)
 TOLERANCE = {None: 1e-4, "q15": 1e-2, "int8": 0.3}  # of the recorded outputs, relative to the largest
 
 
@@ -101,8 +107,22 @@ def compile_to_c(
     texts = network_texts(network, name, number, stored, derivatives)
     if test:
         texts[f"{name}_test.c"] = recorded_test(model, network, name, number, TOLERANCE[stored])
+    sizes = add_sizes(texts)
     files = write_files(folder, texts, overwrite=overwrite)
-    return CompiledNetwork(name, network, number, files)
+    return CompiledNetwork(name, network, number, files, sizes)
+
+
+def add_sizes(texts: dict[str, str]) -> Sizes | None:
+    """Say in the README how large code and stack are, where a compiler is here to tell."""
+    sizes = sizes_of(texts)
+    said = "Code and stack: compile it for your processor with -fstack-usage and ask `size`.\n"
+    if sizes:
+        said = (
+            f"Compiled with -Os for the machine that wrote this ({platform.machine()}): {sizes.flash} bytes of code and constants, "
+            f"{sizes.stack} bytes of stack.\n"
+        )
+    texts["README.md"] += "\n" + said + LEVELS
+    return sizes
 
 
 def network_texts(network: Network, name: str, number: Number, stored: str | None = None, derivatives: bool = False) -> dict[str, str]:
@@ -274,6 +294,7 @@ class CompiledNetwork:
     network: Network
     number: Number
     files: list[Path]
+    _sizes: Sizes | None = field(default=None, repr=False)
     _folder: Any = field(default=None, repr=False)
     _call: Any = field(default=None, repr=False)
 
@@ -296,7 +317,7 @@ class CompiledNetwork:
     @cached_property
     def sizes(self) -> Sizes:
         """What the compiler of this machine says with -Os."""
-        return measure_sizes([self.source])
+        return self._sizes or measure_sizes([self.source])
 
     @property
     def flash_bytes(self) -> int:

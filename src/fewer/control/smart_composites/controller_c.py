@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewer.control.smart_composites.c_text import DOUBLE, FLOAT, Number, array_text, check_name
-from fewer.control.smart_composites.compiler import network_texts
+from fewer.control.smart_composites.compiler import add_sizes, network_texts
 from fewer.control.smart_composites.controller_text import CURVED, FLAT, HEADER, SOURCE
 from fewer.control.smart_composites.files import check_folder, write_files
 from fewer.control.smart_composites.toolchain import FAST, Sizes, build_library, measure_sizes
@@ -67,8 +67,9 @@ def compile_controller(
     texts = network_texts(controller.network, name, number, None, True) | controller_texts(controller, name, number)
     texts["CMakeLists.txt"] = texts["CMakeLists.txt"].replace(f"STATIC {name}.c", f"STATIC {name}.c {name}_mpc.c")
     texts["library.json"] = texts["library.json"].replace(f'"+<{name}.c>"', f'"+<{name}.c>",\n      "+<{name}_mpc.c>"')
+    sizes = add_sizes(texts)
     files = write_files(Path(out_dir), texts, overwrite=overwrite)
-    return CompiledController(name, number, files, controller.m, controller.p, controller.n2)
+    return CompiledController(name, number, files, controller.m, controller.p, controller.n2, sizes)
 
 
 @dataclass
@@ -81,6 +82,7 @@ class CompiledController:
     m: int
     p: int
     preview: int
+    _sizes: Sizes | None = field(default=None, repr=False)
     _folder: Any = field(default=None, repr=False)
     _bound: Any = field(default=None, repr=False)
 
@@ -91,7 +93,7 @@ class CompiledController:
     @cached_property
     def sizes(self) -> Sizes:
         """Flash, static RAM and stack of model and controller, by the compiler of this machine with -Os."""
-        return measure_sizes(self.sources)
+        return self._sizes or measure_sizes(self.sources)
 
     @property
     def flash_bytes(self) -> int:

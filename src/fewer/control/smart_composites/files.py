@@ -18,19 +18,30 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_files(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> list[Path]:
-    """Write all files or none; other files in the folder stay."""
+    """Write all files or none, and what was there before comes back on failure; other files in the folder stay."""
     check_folder(folder, overwrite=overwrite)
-    parent = folder.parent
-    made = [each for each in (parent, *parent.parents) if not each.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    waiting = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    for name in texts:
+        if (folder / name).is_dir():
+            raise FileExistsError(f"{folder / name} is a folder; expected a file or nothing: choose another out_dir or name")
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    waiting = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    before, written = waiting / "before", []
+    before.mkdir()
     try:
         for name, text in texts.items():
             (waiting / name).write_text(text)
         folder.mkdir(exist_ok=True)
         for name in texts:
+            if (folder / name).exists():
+                os.replace(folder / name, before / name)
+            written.append(name)
             os.replace(waiting / name, folder / name)
     except BaseException:
+        for name in written:
+            (folder / name).unlink(missing_ok=True)
+        for each in before.iterdir():
+            os.replace(each, folder / each.name)
         for each in made:
             shutil.rmtree(each, ignore_errors=True)
         raise

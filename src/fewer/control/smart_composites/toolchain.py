@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def measure_sizes(sources: list[Path], compiler: str | None = None, flags: tuple
             if usage.exists():
                 stack += deepest(source.read_text(), usage.read_text())
     return Sizes(flash, ram, stack)
+
+
+def sizes_of(texts: Mapping[str, str]) -> Sizes | None:
+    """The same of texts that are not files yet; None without a compiler."""
+    try:
+        host_compiler()
+    except NoCompiler:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            (Path(folder) / name).write_text(text)
+        return measure_sizes([Path(folder) / name for name in texts if name.endswith(".c") and not name.endswith("_test.c")])
 
 
 def deepest(source: str, usage: str) -> int:
