@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -268,6 +269,24 @@ def test_a_write_that_fails_midway_leaves_what_was_there_before(tmp_path):
     assert done.stdout.count("File too large") == 2, done.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
     assert [each.name for each in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 5, 6])
+def test_a_replacement_that_fails_midway_brings_back_what_was_there(fails_at, tmp_path, monkeypatch):
+    old = compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "c")
+    before, calls, replace = {file.name: file.read_bytes() for file in old.files}, [], os.replace
+
+    def once_refused(source, target):
+        calls.append(source)
+        if len(calls) == fails_at:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", once_refused)
+    with pytest.raises(OSError, match="no space"):
+        compile_to_c(nn.Linear(3, 3), torch.zeros(1, 3), tmp_path / "c", overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "c").iterdir()} == before
+    assert [each.name for each in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_replaced(tmp_path):
