@@ -1,7 +1,9 @@
 """How well a small learned model steers by a Newton-Raphson step a sample, and what networks cost as C.
 
 Three parts: a mass-spring-damper against a tuned PID loop and LQR, a tendon-driven finger with hysteresis on a circle, and twelve networks
-compiled. Every controller but LQR sees only recorded inputs and outputs. All figures are of this machine; none is a microcontroller's.
+compiled. Every controller but LQR sees only recorded inputs and outputs: the predictive ones learn from 4,000 samples and have one weight
+chosen on other plants, PID and LQR are tuned by 64,000 samples on the very references that they then follow. PID and LQR see the next sample
+of the reference, the predictive ones twelve. All figures are of this machine; none is a microcontroller's.
 """
 
 from __future__ import annotations
@@ -270,7 +272,8 @@ def onnx(work: Tracking, trial: Trial) -> None:
 @study.claim(
     "NR-MPC tracks the mass-spring-damper with at most 0.7 of the tuned PID's RMS error (relative to the reference, mean over all)",
     paper="better tracking than PID",
-    if_fails="the force saturates on the steps, where all controllers are as slow as the actuator",
+    if_fails="most of what is left is on the steps, where the force stands at its bound: with twice the force NR-MPC leaves 0.29 of the reference "
+    "there, with this one 0.40 (PID 0.63)",
 )
 def better_than_pid(results: Results) -> Any:
     return results.ratio("relative_error", "nr-mpc-3", "pid") <= 0.7
@@ -279,7 +282,8 @@ def better_than_pid(results: Results) -> Any:
 @study.claim(
     "one iteration a sample is within 10 % of the converged solution's RMS error",
     paper="one Newton-Raphson step a sample",
-    if_fails="a jump of the reference puts the minimiser at the bounds, where the steep soft box lets one Newton step go only part of the way",
+    if_fails="near its bounds the force gets only part of the way in one Newton step, since the soft box is no parabola there: the softer the "
+    "box, the smaller the gap (on two other plants 26 % at sharpness 1e-4, 5 % at 1e-3, none at 1e-2)",
 )
 def one_is_enough(results: Results) -> Any:
     return results.ratio("relative_error", "nr-mpc-1", "nr-mpc-converged") <= 1.1
@@ -302,9 +306,12 @@ def on_the_circle(results: Results) -> Any:
 
 @study.claim("at least 120 samples a second on a Cortex-M4F", paper=">= 120 Hz")
 def rate(results: Results) -> Any:
-    raise NotTestable(
-        "no microcontroller and no emulator that counts instructions is here; this machine's times are not a microcontroller's"
-    )
+    counted = "fewer run --full counts a step's instructions on an emulated Cortex-M4F where qemu-system-arm is installed"
+    if results.has("instructions", "nr-mpc-1"):
+        counted = (
+            f"on an emulated Cortex-M4F a step takes {results.mean('instructions', 'nr-mpc-1').value:.0f} instructions, which are no cycles"
+        )
+    raise NotTestable(f"no microcontroller is here, and this machine's times are not a microcontroller's; {counted}")
 
 
 @study.claim("45.4 mW of mean power on a Cortex-M4F", paper="45.4 mW")
