@@ -245,6 +245,15 @@ def test_weights_that_are_not_finite_and_dynamic_shapes_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_beyond_float_is_refused(tmp_path):
+    model = nn.Linear(2, 2).double()
+    model.weight.data[0, 0] = 1e300
+    with pytest.raises(ValueError, match="beyond float; expected smaller ones, or dtype='double'"):
+        compile_to_c(model, torch.zeros(1, 2).double(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    compile_to_c(model, torch.zeros(1, 2).double(), tmp_path / "out", dtype="double")
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty"):

@@ -33,7 +33,7 @@ class LayerText:
 
     def vector(self, name: str, values: np.ndarray) -> str:
         """A constant array of the type that is computed with; its name."""
-        items = [self.number.literal(value) for value in values.reshape(-1)]
+        items = self.number.literals(values)
         self.flash += len(items) * np.dtype(self.number.numpy).itemsize
         self.arrays.append(array_text(f"{self.number.type} {self.prefix}_{name}", items))
         return f"{self.prefix}_{name}"

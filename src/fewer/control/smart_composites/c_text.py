@@ -116,8 +116,16 @@ class Number:
 
     def literal(self, value: float) -> str:
         """A constant that reads back as exactly `value` in this type."""
-        text = f"{self.numpy(value):.{self.digits}g}"
-        return (text if re.search(r"[.e]", text) else text + ".0") + self.suffix
+        return self.literals(np.array([value]))[0]
+
+    def literals(self, values: np.ndarray) -> list[str]:
+        """The same for every value; ValueError where one is beyond this type."""
+        with np.errstate(over="ignore"):
+            rounded = values.astype(self.numpy).reshape(-1)
+        if np.isinf(rounded).any():
+            raise ValueError(f"a number of size {np.abs(values).max():.3g} is beyond {self.type}; expected smaller ones, or dtype='double'")
+        texts = [f"{value:.{self.digits}g}" for value in rounded.tolist()]
+        return [(text if "." in text or "e" in text or "n" in text else text + ".0") + self.suffix for text in texts]
 
     def call(self, function: str, argument: str) -> str:
         return f"{function}{self.suffix}({argument})"

@@ -25,6 +25,7 @@ from fewer.control.smart_composites.plan import plan_buffers
 from fewer.control.smart_composites.toolchain import Sizes, arm_sizes, build_library, host_compiler, measure_sizes, sizes_of
 
 CYCLES_PER_MAC, CYCLES_PER_ACTIVATION = 5, 120  # an estimate for a Cortex-M4F: two loads and a multiply-add; a call of expf or tanhf
+LONG = 4_000_000  # characters: about 1 MB of weights, which is more than a microcontroller holds
 LEVELS = (
     "\nMatrices stand in panels of 16 outputs, and in each panel input by input, so that they are read once and in order. For a Cortex-M4F, "
     "-O3 keeps the sums of a panel in registers (about a third of the instructions of -Os); for x86-64, gcc 12 needs -O2 to make vectors of "
@@ -113,8 +114,8 @@ def compile_to_c(
 
 
 def add_sizes(texts: dict[str, str]) -> Sizes | None:
-    """Say in the README how large code and stack are, where a compiler is here to tell."""
-    sizes = sizes_of(texts)
+    """Say in the README how large code and stack are, where a compiler is here to tell and the network is not so large that it takes long."""
+    sizes = sizes_of(texts) if sum(map(len, texts.values())) <= LONG else None
     said = "Code and stack: compile it for your processor with -fstack-usage and ask `size`.\n"
     if sizes:
         said = (
