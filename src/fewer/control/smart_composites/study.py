@@ -243,10 +243,12 @@ def by_emlearn(work: Tracking, trial: Trial) -> None:
             library = ctypes.CDLL(str(build_library([source], Path(folder) / "peer.so", (*FAST, "-w", *flags))))
             values, into, out = x.numpy(), np.zeros(x.numel(), np.float32), np.zeros(model(x).numel(), np.float32)
             places = [ctypes.c_void_p(into.ctypes.data), into.size, ctypes.c_void_p(out.ctypes.data), out.size]
+            function = library["call"]
+            function.restype = None
 
             def call() -> np.ndarray:
                 into[:] = values.reshape(-1)  # noqa: B023 - called at once
-                library["call"](*places)  # noqa: B023
+                function(*places)  # noqa: B023
                 return out.copy()  # noqa: B023
 
             wanted = model(x).detach().numpy().ravel()
