@@ -28,7 +28,7 @@ CYCLES_PER_MAC, CYCLES_PER_ACTIVATION = 5, 120  # an estimate for a Cortex-M4F: 
 LONG = 4_000_000  # characters: about 1 MB of weights, which is more than a microcontroller holds
 LEVELS = (
     "\nMatrices stand in panels of 16 outputs, and in each panel input by input, so that they are read once and in order. For a Cortex-M4F, "
-    "-O3 keeps the sums of a panel in registers (about a third of the instructions of -Os); for x86-64, gcc 12 needs -O2 to make vectors of "
+    "-O3 keeps the sums of a panel in registers (about half of the instructions of -Os); for x86-64, gcc 12 needs -O2 to make vectors of "
     "them.\n"
 )
 TOLERANCE = {None: 1e-4, "q15": 1e-2, "int8": 0.3}  # of the recorded outputs, relative to the largest
