@@ -125,7 +125,7 @@ def onnx_session(model: nn.Module, x: torch.Tensor) -> Any:
     import io
     import warnings
 
-    import onnxruntime
+    onnxruntime = require("onnxruntime", "control")
 
     file = io.BytesIO()
     with warnings.catch_warnings():
@@ -159,7 +159,7 @@ def sklearn_mlp(model: nn.Sequential) -> Any:
 
 def emlearn_c(model: nn.Sequential, folder: Path) -> tuple[Path, tuple[str, ...]]:
     """emlearn's C of the same MLP with one function `call(x, inputs, y, outputs)`, and the flags that it needs."""
-    emlearn = require("emlearn", "peers")
+    emlearn = require("emlearn", "control")
     with contextlib.chdir(folder):  # it compiles into the working folder
         converted = emlearn.convert(sklearn_mlp(model), method="inline")
     converted.save(file=str(folder / "peer.h"), name="peer")

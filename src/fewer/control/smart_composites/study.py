@@ -282,7 +282,7 @@ def better_than_pid(results: Results) -> Any:
 
 
 @study.claim(
-    "one iteration a sample is within 10 % of the converged solution's RMS error",
+    "One iteration a sample is within 10 % of the converged solution's RMS error",
     paper="one Newton-Raphson step a sample",
     if_fails="near its bounds the force gets only part of the way in one Newton step, since the soft box is no parabola there: the softer the "
     "box, the smaller the gap (on two other plants 26 % at sharpness 1e-4, 5 % at 1e-3, none at 1e-2)",
@@ -291,22 +291,22 @@ def one_is_enough(results: Results) -> Any:
     return results.ratio("relative_error", "nr-mpc-1", "nr-mpc-converged") <= 1.1
 
 
-@study.claim("a step as C takes less than a tenth of 1/120 s on this machine", paper=">= 120 Hz on a Cortex-M4F")
+@study.claim("A step as C takes less than a tenth of 1/120 s on this machine", paper=">= 120 Hz on a Cortex-M4F")
 def quick_enough(results: Results) -> Any:
     return results.mean("c_step_seconds", "nr-mpc-1") <= 1 / 120 / 10
 
 
-@study.claim("controller and network take at most 6.4 % of 1 MB of flash (compiled for this machine)", paper="<= 6.4 % of the flash")
+@study.claim("Controller and network take at most 6.4 % of 1 MB of flash (compiled for this machine)", paper="<= 6.4 % of the flash")
 def small_enough(results: Results) -> Any:
     return results.mean("flash_bytes", "nr-mpc-1") <= 0.064 * FLASH
 
 
-@study.claim("the finger's tip stays within 2 mm of a circle (RMS, simulated)", paper="<= 2 mm, measured on the tendon platform")
+@study.claim("The finger's tip stays within 2 mm of a circle (RMS, simulated)", paper="<= 2 mm, measured on the tendon platform")
 def on_the_circle(results: Results) -> Any:
     return results.mean("circle_error", "nr-mpc-3") <= 2.0
 
 
-@study.claim("at least 120 samples a second on a Cortex-M4F", paper=">= 120 Hz")
+@study.claim("At least 120 samples a second on a Cortex-M4F", paper=">= 120 Hz")
 def rate(results: Results) -> Any:
     counted = "fewer run --full counts a step's instructions on an emulated Cortex-M4F where qemu-system-arm is installed"
     if results.has("instructions", "nr-mpc-1"):
