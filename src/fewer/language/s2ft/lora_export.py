@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewer.errors import require
-from fewer.language.s2ft.adapters import WEIGHTS_FILE, Adapter, Slice, check_new
+from fewer.language.s2ft.adapters import WEIGHTS_FILE, Adapter, Slice, check_new, made_whole
 from fewer.language.s2ft.model import S2FTModel
 
 CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's maps, whose weights are stored as [in, out]
@@ -65,15 +63,7 @@ def to_peft_lora(model: S2FTModel | Path | str, out_dir: Path | str, *, overwrit
         a, b = lora_factors(part)
         for name, value in (("A", a), ("B", b)):
             tensors[f"base_model.model.{path}.lora_{name}.weight"] = value.contiguous()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part_dir = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        part_dir.chmod(0o755)
-        config.save_pretrained(str(part_dir))
-        save_file(tensors, part_dir / WEIGHTS_FILE, metadata={"format": "pt"})
-        if out.exists():
-            shutil.rmtree(out)
-        part_dir.rename(out)
-    finally:
-        shutil.rmtree(part_dir, ignore_errors=True)
+    with made_whole(out, overwrite) as folder:
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     return out

@@ -15,7 +15,7 @@ from fewer.errors import require
 from fewer.language.s2ft.config import KINDS, Kind, S2FTConfig
 from fewer.language.s2ft.selection import unit_count
 from fewer.language.s2ft.slice_linear import Form, S2Linear
-from fewer.language.s2ft.structure import Structure, structure_of
+from fewer.language.s2ft.structure import Structure, shapes_of, structure_of
 
 
 @dataclass
@@ -185,8 +185,6 @@ def lora_targets(structure: Structure) -> list[str]:
 
 def lora_rank(model: nn.Module, structure: Structure, trained: int) -> int:
     """The rank at which LoRA trains most nearly as many parameters."""
-    from fewer.language.s2ft.model import shapes_of
-
     shapes = shapes_of(model)
     per_rank = sum(sum(shapes[structure.path(layer, name)]) for layer in structure.layers for name in lora_targets(structure))
     return max(1, round(trained / per_rank))

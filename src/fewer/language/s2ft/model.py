@@ -16,7 +16,7 @@ from fewer.language.s2ft.permutation import Permutation, permute_
 from fewer.language.s2ft.selection import Calibration, Selection, select_units
 from fewer.language.s2ft.serving import BASE, adapters_by_row
 from fewer.language.s2ft.slice_linear import Form, S2Linear, neighbours
-from fewer.language.s2ft.structure import Side, Structure, structure_of
+from fewer.language.s2ft.structure import Side, Structure, check_trainable, shapes_of, structure_of
 
 
 def get_s2ft_model(
@@ -48,31 +48,9 @@ def get_s2ft_model(
     """
     config = config or S2FTConfig()
     structure = structure_of(model, config.target_families)
-    check_trainable(model, structure, config)
+    check_trainable(model, structure, in_place=config.in_place)
     selection = select_units(model, config, calibration)
     return S2FTModel(model, config, selection, adapter_name=adapter_name)
-
-
-def check_trainable(model: nn.Module, structure: Structure, config: S2FTConfig) -> None:
-    """TypeError on quantised weights that are to be changed in place; ValueError on weights that are not in memory."""
-    for layer in structure.layers:
-        for kind in KINDS:
-            path = structure.target(kind, layer).path
-            linear = model.get_submodule(path)
-            weight = getattr(linear, "weight", None)
-            plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2 and type(linear).__name__ in PLAIN
-            if config.in_place and not plain:
-                raise TypeError(
-                    f"{path} is a {type(linear).__name__} of {getattr(weight, 'dtype', 'no plain weight')}, which cannot be trained in place; "
-                    f"expected an unquantised linear map: use S2FTConfig(in_place=False)"
-                )
-            if plain and weight is not None and weight.is_meta:
-                raise ValueError(
-                    f"{path} is not in memory (its weight is offloaded); expected it on a device: load the model without offloading"
-                )
-
-
-PLAIN = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
 
 
 class S2FTModel(nn.Module):
@@ -256,7 +234,7 @@ class S2FTModel(nn.Module):
         """
         adapter = Adapter.load(directory)
         structure = structure_of(model, adapter.config.target_families)
-        check_trainable(model, structure, adapter.config)
+        check_trainable(model, structure, in_place=adapter.config.in_place)
         check_fits(adapter, shapes_of(model))
         wrapped = cls(model, adapter.config, _selection_of(adapter, structure), adapter_name=adapter_name)
         wrapped._put(adapter)
@@ -361,7 +339,7 @@ class S2FTModel(nn.Module):
             if keep and not layer.active:
                 layer.switch_on()
             if keep and layer.form == "delta":
-                add_to_weight(path, layer)
+                layer.into_base(path)
             layer.sync()
             self.base_model.set_submodule(path, layer.release())
         self.permutation.inverse().apply_(self.base_model)
@@ -369,28 +347,6 @@ class S2FTModel(nn.Module):
             parameter.requires_grad_(self._wanted_gradients.get(name, False))
         self._unloaded = True
         return self.base_model
-
-
-def add_to_weight(path: str, layer: S2Linear) -> None:
-    """Write S into the weight that it was kept beside; TypeError on a quantised one."""
-    weight = getattr(layer.base_layer, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(
-            f"{path} is quantised, its adapter cannot be merged; expected a plain weight: load the base unquantised and merge there"
-        )
-    layer.weight.index_copy_(0 if layer.side == "rows" else 1, layer.index, layer.trained())
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """path -> (out, in) of every linear map; wrapped ones under their own path."""
-    shapes = {}
-    for name, module in model.named_modules():
-        plain = module.base_layer if isinstance(module, S2Linear) else module
-        if hasattr(plain, "out_features") and hasattr(plain, "in_features"):
-            shapes[name] = (int(plain.out_features), int(plain.in_features))  # pyright: ignore[reportArgumentType]
-        elif type(plain).__name__ == "Conv1D":
-            shapes[name] = (int(plain.nf), int(plain.nx))  # pyright: ignore[reportArgumentType]
-    return shapes
 
 
 def _selection_of(adapter: Adapter, structure: Structure) -> Selection:

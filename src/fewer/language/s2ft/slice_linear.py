@@ -251,6 +251,14 @@ class S2Linear(nn.Module):
         self.write(values)
         self.s.requires_grad_(True)
 
+    @torch.no_grad()
+    def into_base(self, path: str) -> None:
+        """Write S into the weight that it was kept beside; TypeError, naming the map, on a quantised one."""
+        weight = getattr(self.base_layer, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TypeError(f"{path} is quantised, its adapter cannot be merged; expected a plain weight: merge into the unquantised base")
+        self.weight.index_copy_(self._axis(), self.index, self.trained())
+
     def _apply(self, fn: Any, recurse: bool = True) -> S2Linear:
         if self.form == "gather":
             self.sync()

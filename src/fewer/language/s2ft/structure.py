@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fewer.language.s2ft.config import AUTO, Kind
+from fewer.language.s2ft.config import AUTO, KINDS, Kind
 
 Side = Literal["rows", "columns"]
 
@@ -159,3 +159,37 @@ def _get(module: nn.Module, path: str) -> Any:
         return module.get_submodule(path)
     except AttributeError:
         return None
+
+
+def check_trainable(model: nn.Module, structure: Structure, *, in_place: bool) -> None:
+    """TypeError on quantised weights that are to be changed in place; ValueError on weights that are not in memory."""
+    for layer in structure.layers:
+        for kind in KINDS:
+            path = structure.target(kind, layer).path
+            linear = model.get_submodule(path)
+            weight = getattr(linear, "weight", None)
+            plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2 and type(linear).__name__ in PLAIN
+            if in_place and not plain:
+                raise TypeError(
+                    f"{path} is a {type(linear).__name__} of {getattr(weight, 'dtype', 'no plain weight')}, which cannot be trained in place; "
+                    f"expected an unquantised linear map: use S2FTConfig(in_place=False)"
+                )
+            if plain and weight is not None and weight.is_meta:
+                raise ValueError(
+                    f"{path} is not in memory (its weight is offloaded); expected it on a device: load the model without offloading"
+                )
+
+
+PLAIN = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """path -> (out, in) of every linear map; wrapped ones under their own path."""
+    shapes = {}
+    for name, module in model.named_modules():
+        plain: Any = getattr(module, "base_layer", module)
+        if hasattr(plain, "out_features") and hasattr(plain, "in_features"):
+            shapes[name] = (int(plain.out_features), int(plain.in_features))
+        elif type(plain).__name__ == "Conv1D":
+            shapes[name] = (int(plain.nf), int(plain.nx))
+    return shapes

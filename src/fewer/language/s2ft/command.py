@@ -1,0 +1,173 @@
+"""The verbs `fewer s2ft train | merge | to-lora`: a model directory in; an adapter, a merged model, or a LoRA adapter out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Fine-tune a language model by training a few of its heads and channels: train, merge, to-lora.", no_args_is_help=True
+)
+
+MODEL = Annotated[Path, typer.Argument(help="A Llama, Mistral, Qwen2, Gemma, OPT or GPT-2 model directory.")]
+ADAPTER = Annotated[Path, typer.Argument(help="An adapter, as `fewer s2ft train` writes it.")]
+OUT = Annotated[Path, typer.Argument(help="A new directory.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in OUT.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("train")
+def train(
+    model_dir: MODEL,
+    out: OUT,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="UTF-8 text to learn (repeat for more).")] = None,
+    jsonl: Annotated[Path | None, typer.Option("--jsonl", help="Examples: an object with `prompt` and `completion` a line.")] = None,
+    d_ratio: Annotated[float, typer.Option(help="The share of feed-forward channels to train.")] = 0.03,
+    o_ratio: Annotated[float, typer.Option(help="The share of attention heads to train.")] = 0.0,
+    lr: Annotated[float, typer.Option(help="The highest learning rate, about three times what LoRA would take.")] = 1e-3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    batch: Annotated[int, typer.Option(help="Windows of text, or examples, a step.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens of a window, and most tokens of an example.")] = 256,
+    seed: Annotated[int, typer.Option(help="Draws the selection and the order of the data.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    overwrite: OVERWRITE = False,
+    as_json: JSON = False,
+) -> None:
+    """Train an adapter on text, or on examples (the loss is on completions only).
+
+    Example: fewer s2ft train model adapter --text notes.txt --steps 200
+    """
+    from fewer.language.s2ft import S2FTConfig, get_s2ft_model
+    from fewer.language.s2ft.adapters import check_new, made_whole
+    from fewer.language.s2ft.questions import answer_loss
+    from fewer.language.s2ft.training import fit
+
+    if bool(text) == bool(jsonl):
+        raise ValueError("expected either --text (repeat for more) or --jsonl: give one of them")
+    if steps < 1 or batch < 1 or window < 2:
+        raise ValueError(f"--steps {steps} --batch {batch} --window {window}; expected at least 1, 1 and 2")
+    check_new(out, overwrite)
+    config = S2FTConfig(d_ratio=d_ratio, o_ratio=o_ratio, seed=seed)
+    plain, tokenizer = load_directory(model_dir)
+    batches = windows_of(tokenizer, text, batch, window, seed) if text else examples_of(tokenizer, jsonl, batch, window, seed)
+    first = next(batches)  # trouble with the data is told before the model is changed
+    model = get_s2ft_model(plain.to(device), config)
+    trained, every = model.get_nb_trainable_parameters()
+    _, losses = fit(model, (moved(each, device) for each in chained(first, batches)), answer_loss, lr=lr, steps=steps, tell=told(as_json))
+    with made_whole(out, overwrite) as folder:
+        model.save_pretrained(folder)
+    if as_json:
+        print(json.dumps({"out": str(out), "trained": trained, "parameters": every, "losses": losses}))
+    else:
+        print(f"{trained:,} of {every:,} parameters trained; loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+        print(f"written to {out}")
+
+
+@app.command("merge")
+def merge(model_dir: MODEL, adapter: ADAPTER, out: OUT, overwrite: OVERWRITE = False) -> None:
+    """Write the model with an adapter in its weights, as a plain directory that transformers loads.
+
+    Example: fewer s2ft merge model adapter merged
+    """
+    from fewer.language.s2ft import S2FTModel
+    from fewer.language.s2ft.adapters import Adapter, check_new, made_whole
+
+    check_new(out, overwrite)
+    base = Adapter.load(adapter).base
+    plain, tokenizer = load_directory(model_dir)
+    model = S2FTModel.from_pretrained(plain, adapter)
+    if model.base_hash != base:
+        raise ValueError(
+            f"the weights in {model_dir} are not those that {adapter} was trained on; expected its base. "
+            "A model in which it is merged already needs no second merge"
+        )
+    with made_whole(out, overwrite) as folder:
+        model.merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"written to {out}")
+
+
+@app.command("to-lora")
+def to_lora(adapter: ADAPTER, out: OUT, overwrite: OVERWRITE = False) -> None:
+    """Write an adapter as a LoRA adapter that does exactly the same, for peft or any server of LoRA adapters.
+
+    Example: fewer s2ft to-lora adapter lora
+    """
+    from fewer.language.s2ft import to_peft_lora
+
+    print(f"written to {to_peft_lora(adapter, out, overwrite=overwrite)}")
+
+
+def load_directory(model_dir: Path) -> tuple[Any, Any]:
+    """(model in its own dtype, tokenizer); ValueError where the directory is none of a model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not (model_dir / "config.json").is_file():
+        raise ValueError(f"{model_dir} is no model directory (there is no config.json); expected one that transformers wrote")
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"), AutoTokenizer.from_pretrained(model_dir)
+
+
+def windows_of(tokenizer: Any, files: list[Path], batch: int, window: int, seed: int) -> Iterator[Any]:
+    """Windows of the files' tokens, drawn anew for each step; ValueError where the text does not fill one."""
+    import torch
+
+    from fewer.language.s2ft.questions import Problems
+    from fewer.tasks.language_corpus import read_texts, token_stream
+
+    tokens = token_stream(tokenizer, read_texts(files))
+    if len(tokens) < window:
+        raise ValueError(f"the text has {len(tokens)} tokens; expected at least {window}, one window: give more, or a smaller --window")
+    draw = torch.Generator().manual_seed(seed)
+    while True:
+        ids = tokens[torch.randint(len(tokens) - window + 1, (batch, 1), generator=draw) + torch.arange(window)]
+        labels = ids.clone()
+        labels[:, 0] = -100  # nothing comes before it
+        yield Problems(ids, labels)
+
+
+def examples_of(tokenizer: Any, file: Path | None, batch: int, longest: int, seed: int) -> Iterator[Any]:
+    """Batches of a JSONL file's examples, in a new order each time round."""
+    import torch
+
+    from fewer.language.s2ft.questions import encode, read_pairs
+
+    assert file is not None
+    pairs, draw = read_pairs(file), torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < batch:
+            waiting += torch.randperm(len(pairs), generator=draw).tolist()
+        chosen, waiting = waiting[:batch], waiting[batch:]
+        made = encode(tokenizer, [pairs[each] for each in chosen], longest)
+        if (made.labels != -100).any():
+            yield made
+        else:
+            raise ValueError(f"{file}: the prompts alone fill --window {longest}; expected room for completions: give a larger --window")
+
+
+def chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def moved(problems: Any, device: str) -> Any:
+    return type(problems)(problems.ids.to(device), problems.labels.to(device))
+
+
+def told(quiet: bool) -> Any:
+    """What tells how far training is: plain lines, ten in all."""
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        if not quiet and (step == steps or step % max(1, steps // 10) == 0):
+            print(f"step {step} of {steps}: loss {loss:.3f}", flush=True)
+
+    return tell
+
+
+COMMANDS = {"s2ft": app}
