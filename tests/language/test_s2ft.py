@@ -125,7 +125,8 @@ def test_the_gradient_is_the_same_with_checkpointing_and_under_autocast():
         model = get_s2ft_model(make().train(), S2FTConfig(**EVERY))
         prepare(model)
         with torch.autocast("cpu", **words):
-            loss_of(model).backward()
+            loss = loss_of(model)
+        loss.backward()
         return [parameter.grad for parameter in trained(model)]
 
     plain = gradients(lambda model: None, enabled=False)

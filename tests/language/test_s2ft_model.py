@@ -89,6 +89,7 @@ def test_a_saved_adapter_gives_the_trained_model_in_any_layout(family, layout, t
     plain = loaded.merge_and_unload()
     assert torch.allclose(logits(plain), wanted, atol=2e-5)
     assert not any(isinstance(module, S2Linear) for module in plain.modules())
+    assert all(parameter.is_contiguous() for parameter in plain.parameters())
     assert all(parameter.requires_grad for parameter in plain.parameters())
 
 

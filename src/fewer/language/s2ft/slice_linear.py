@@ -157,7 +157,7 @@ class S2Linear(nn.Module):
     def release(self) -> nn.Module:
         """The plain linear map again, its weight laid out as usual."""
         weight = getattr(self.base_layer, "weight", None)
-        if self.form == "view" and isinstance(weight, Tensor):
+        if isinstance(weight, Tensor) and not weight.is_contiguous():
             weight.data = weight.data.contiguous()
         return self.base_layer
 
