@@ -12,7 +12,7 @@ from s2ft_models import EVERY, FAMILIES, LAYOUTS, assert_tied, bits_equal, logit
 from torch import nn
 
 from fewer.language import S2FTConfig, S2FTModel, get_s2ft_model
-from fewer.language.s2ft.adapters import Adapter, Slice, fuse
+from fewer.language.s2ft.adapters import Adapter, Slice, add_slices, fuse
 from fewer.language.s2ft.slice_linear import S2Linear
 
 
@@ -152,6 +152,15 @@ def test_overlapping_adapters_add_up_and_the_overlap_is_told(saved):
     for order in ([c, a, b], [b, c, a]):
         again = fuse(order).adapter.slices
         assert all(torch.equal(part.delta, again[path].delta) for path, part in fusion.adapter.slices.items())
+
+
+def test_sums_of_three_do_not_depend_on_their_order_to_the_last_bit():
+    draw = torch.Generator().manual_seed(0)
+    index = torch.arange(8)
+    parts = [Slice("rows", index, torch.randn(8, 50, dtype=torch.float64, generator=draw) * 10.0**scale, 8) for scale in (0, 1, -1)]
+    sums = [add_slices([parts[each] for each in order])[0].delta for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
 
 
 def test_a_fused_adapter_is_the_sum_in_the_weights(saved):
