@@ -43,7 +43,7 @@ def draw_sums(count: int, digits: int, seed: int, but: Sequence[Pair] = ()) -> l
     """Additions of two numbers of some digits, in words; none twice, and none of those in `but`.
 
     >>> draw_sums(1, 3, seed=0)
-    [('What is 944 plus 839?', ' 1783')]
+    [('What is 144 plus 739?', ' 883')]
     """
     draw, taken, drawn = torch.Generator().manual_seed(seed), set(but), []
     while len(drawn) < count:
