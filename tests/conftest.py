@@ -56,4 +56,8 @@ def command(*words: str) -> list[str]:
 
 def command_environment(outside: Path, **environment: str) -> dict[str, str]:
     """The environment of a command that sees this checkout and the outside package, and writes wide plain text."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(outside))), "COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"} | environment
+    return (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(outside))), "COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
+        | environment
+    )
