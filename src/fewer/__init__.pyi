@@ -3,6 +3,7 @@ from . import (
     data,
     diffusion,
     errors,
+    federated,
     forward_only,
     graphs,
     language,
@@ -17,6 +18,6 @@ from . import (
 
 __version__: str
 __all__ = [
-    "control", "data", "diffusion", "errors", "forward_only", "graphs", "language", "meters", "optimization", "papers", "report",
+    "control", "data", "diffusion", "errors", "federated", "forward_only", "graphs", "language", "meters", "optimization", "papers", "report",
     "signals", "study", "tasks",
 ]  # fmt: skip

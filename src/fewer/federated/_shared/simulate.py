@@ -1,0 +1,197 @@
+"""The in-process engine: an algorithm run over many clients in this process, one after the other, in threads, or all of a round at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewer import meters
+from fewer.federated._shared.algorithm import (
+    BUFFERS,
+    Algorithm,
+    Message,
+    Reply,
+    ServerState,
+    Vectors,
+    run_aggregate,
+    run_configure,
+    run_local,
+)
+from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
+from fewer.federated._shared.client_states import ClientStates
+from fewer.federated._shared.clients import Shards, StackedShard, client_rng
+from fewer.federated._shared.flat_model import FlatModel, Loss, cross_entropy
+from fewer.federated._shared.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened in a round.
+
+    Attributes:
+        round: from 1.
+        clients: who took part.
+        drift: the mean of |y_i - x| over them.
+        gradients: gradients of batches that were computed.
+        numbers_down, numbers_up: numbers sent to and by all clients (4 bytes each at float32; see `traffic` for the wire).
+        seconds: of the round, evaluation left out.
+        evaluation: what `evaluate` returned, or None.
+    """
+
+    round: int
+    clients: list[int]
+    drift: float
+    gradients: int
+    numbers_down: int
+    numbers_up: int
+    seconds: float
+    evaluation: Any = None
+
+
+@dataclass
+class History:
+    """A run: its rounds, and the state of server and clients after the last one."""
+
+    flat: FlatModel
+    server: ServerState
+    client_states: ClientStates
+    rounds: list[Round] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The global model's parameters by name, for `model.load_state_dict(..., strict=False)`."""
+        return {name: tensor.clone() for name, tensor in self.flat.named(self.server.x).items()}
+
+
+def simulate(
+    algorithm: Algorithm,
+    model_fn: Callable[[], nn.Module] | FlatModel,
+    shards: Shards,
+    rounds: int,
+    *,
+    sampler: Sampler,
+    seed: int = 0,
+    executor: Executor | Literal["vmap"] | None = None,
+    loss_fn: Loss = cross_entropy,
+    buffers: Literal["average"] | None = None,
+    evaluate: Callable[[Tensor], Any] | None = None,
+    checkpoint: Path | None = None,
+    tell: Callable[[Round], None] | None = None,
+) -> History:
+    """Run a federated algorithm in this process.
+
+    Args:
+        algorithm: its three functions, such as `FedSpeedAlgorithm(config)`.
+        model_fn: makes the model whose parameters are the start (or a `FlatModel`).
+        shards: the examples and who holds which.
+        rounds: how many in all.
+        sampler: who takes part, such as `Independent(0.1)`.
+        seed: of sampling and of every client's batches.
+        executor: None trains the clients of a round one after the other; a `concurrent.futures` pool of threads some at a time; "vmap"
+            all at once, equal within rounding (quick on small models; Dropout draws other numbers then).
+        loss_fn: the losses of the examples [B] (see `FlatModel`).
+        buffers: "average" for models with BatchNorm.
+        evaluate: called with the global parameters [d] after each round.
+        checkpoint: a file that the state is written into after each round, and taken up from where it exists.
+        tell: called with each round when it is done.
+
+    Raises:
+        ValueError: the model has statistics and `buffers` is unset, no reply of a round is good, the sampler chose nobody, or the
+            checkpoint is of another number of clients, seed or algorithm.
+
+    Examples:
+        >>> from fewer.federated import FedSpeedAlgorithm, FedSpeedConfig, Independent, Shards
+        >>> shards = Shards(torch.randn(40, 3), torch.arange(40) % 2, torch.arange(40).split(10))
+        >>> algorithm = FedSpeedAlgorithm(FedSpeedConfig(local_epochs=1, batch_size=5))
+        >>> history = simulate(algorithm, lambda: nn.Linear(3, 2), shards, rounds=2, sampler=Independent(0.5))
+        >>> [each.round for each in history.rounds]
+        [1, 2]
+    """
+    flat = model_fn if isinstance(model_fn, FlatModel) else FlatModel(model_fn(), loss_fn, buffers)
+    server = algorithm.initial(flat.initial(), len(shards))
+    if flat.averages_buffers:
+        server.vectors[BUFFERS] = flat.initial_buffers()
+    states = ClientStates(len(shards), algorithm.keeps, flat.size, flat.dtype)
+    about = {"seed": seed, "algorithm": repr(algorithm)}
+    if checkpoint is not None and Path(checkpoint).exists():
+        server, kept = load_checkpoint(checkpoint, len(shards), **about)
+        states.put(list(range(len(shards))), kept)
+    history = History(flat, server, states)
+    for number in range(server.round + 1, rounds + 1):
+        started = time.perf_counter()
+        chosen = sampler(range(len(shards)), number, seed)
+        if not chosen:
+            raise ValueError(f"the sampler chose no client in round {number}; expected at least one of {len(shards)}")
+        messages = run_configure(algorithm, history.server, chosen)
+        with meters.counting() as counts:
+            replies = _train(algorithm, messages, shards, flat, states, seed, executor)
+        history.server = run_aggregate(algorithm, history.server, replies)
+        seconds = time.perf_counter() - started
+        drift = sum(float(reply.metrics["drift"]) for reply in replies) / len(replies)
+        numbers_down, numbers_up = (sum(v.numel() for each in all_ for v in each.vectors.values()) for all_ in (messages, replies))
+        line = Round(number, chosen, drift, int(counts["gradients"]), numbers_down, numbers_up, seconds)
+        if evaluate is not None:
+            line = Round(**{**vars(line), "evaluation": evaluate(history.server.x)})
+        history.rounds.append(line)
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, history.server, states.tables, **about)
+        if tell is not None:
+            tell(line)
+    return history
+
+
+def _train(
+    algorithm: Algorithm,
+    messages: Sequence[Message],
+    shards: Shards,
+    flat: FlatModel,
+    states: ClientStates,
+    seed: int,
+    executor: Executor | Literal["vmap"] | None,
+) -> list[Reply]:
+    """The replies of a round; clients' states are kept."""
+
+    def one(message: Message) -> tuple[Vectors, Reply]:
+        rng = client_rng(seed, message.round, message.client)
+        return run_local(algorithm, states.get(message.client), message, shards.shard(message.client, flat), rng)
+
+    if executor == "vmap":
+        return _train_at_once(algorithm, messages, shards, flat, states, seed)
+    if executor is None:
+        done = [one(message) for message in messages]
+    else:
+        done = []
+        for future in as_completed([executor.submit(_counted, one, message) for message in messages]):
+            pair, gradients = future.result()
+            meters.count("gradients", gradients)  # a pool's threads do not see the counters that are open here
+            done.append(pair)
+    for state, reply in done:
+        states.put(reply.client, state)
+    return [reply for _, reply in done]
+
+
+def _counted(train: Callable[[Message], Any], message: Message) -> tuple[Any, float]:
+    """What `train` returns, and how many gradients it took."""
+    with meters.counting() as counts:
+        return train(message), counts["gradients"]
+
+
+def _train_at_once(
+    algorithm: Algorithm, messages: Sequence[Message], shards: Shards, flat: FlatModel, states: ClientStates, seed: int
+) -> list[Reply]:
+    """The same, all clients' vectors stacked [S, d]; what every client is sent is the same."""
+    clients = [message.client for message in messages]
+    stack = StackedShard([shards.shard(client, flat) for client in clients])
+    rngs = [client_rng(seed, messages[0].round, client) for client in clients]
+    state, reply = run_local(algorithm, states.get(clients), messages[0], stack, rngs)
+    states.put(clients, state)
+    return [
+        Reply(client, {name: rows[row] for name, rows in reply.vectors.items()}, {name: rows[row] for name, rows in reply.metrics.items()})
+        for row, client in enumerate(clients)
+    ]
