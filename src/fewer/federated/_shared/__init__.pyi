@@ -2,7 +2,7 @@ from .algorithm import Algorithm, Message, Reply, ServerState
 from .baselines import FedAvg, FedDyn, FedProx, FedSAM, Scaffold
 from .checkpoint import load_checkpoint, save_checkpoint
 from .clients import Shards
-from .flat_model import FlatModel
+from .flat_model import FlatModel, cross_entropy
 from .flower import FlowerStrategy, flower_client_app
 from .local_training import LocalConfig
 from .partition import describe, dirichlet, iid, pathological
@@ -27,6 +27,7 @@ __all__ = [
     "Scaffold",
     "ServerState",
     "Shards",
+    "cross_entropy",
     "describe",
     "dirichlet",
     "flower_client_app",

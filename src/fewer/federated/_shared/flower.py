@@ -1,1 +1,357 @@
+"""The same algorithms as Flower apps: a strategy for the ServerApp and a ClientApp, for simulation and for SuperLink and SuperNodes.
 
+A client is named by its node's `partition-id` where it has one (as every simulated node has), else by its node id. The server asks each
+new node for its name once, so that sampling and batches are those of `simulate` with the same seed.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from logging import INFO, WARNING, getLogger
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from torch import Tensor, nn
+
+from fewer import meters
+from fewer.federated._shared.algorithm import BUFFERS, Algorithm, ServerState, run_aggregate, run_configure, run_local
+from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
+from fewer.federated._shared.clients import Shard, client_rng
+from fewer.federated._shared.flat_model import FlatModel, Loss, cross_entropy
+from fewer.federated._shared.flower_records import (
+    ARRAYS,
+    CONFIG,
+    KEPT,
+    METRICS,
+    Layout,
+    flat_record,
+    message_record,
+    read_message,
+    read_reply,
+    reply_record,
+    tensor_of,
+)
+from fewer.federated._shared.sampling import Independent, Sampler, check_fraction
+from fewer.federated._shared.traffic import Traffic
+
+log = getLogger("flwr").log
+ASK = "query.who"
+POLL = 0.2  # seconds between looks at who is there
+
+
+class FlowerStrategy(Strategy):
+    """A federated algorithm as a Flower strategy.
+
+    Args:
+        algorithm: its three functions, such as `FedSpeedAlgorithm(config)`.
+        fraction_train: each client takes part in a round with this probability (redrawn if none does).
+        fraction_evaluate: the same for evaluation; 0 leaves evaluation out.
+        min_available_nodes: the strategy waits until so many nodes are there.
+        seed: of sampling and of every client's batches.
+        sampler: who takes part, in place of `fraction_train`.
+        clients: how many clients there are in all; those that are there in the first round by default.
+        checkpoint: a file that the server's state is written into after each round, and taken up from where it exists.
+
+    Attributes:
+        traffic: bytes of every round and client.
+        server: the server's state, from the first round on.
+
+    Raises:
+        ValueError: a fraction is out of its range, or (when started) the clients' models differ.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        fraction_train: float = 0.1,
+        fraction_evaluate: float = 1.0,
+        min_available_nodes: int = 2,
+        *,
+        seed: int = 0,
+        sampler: Sampler | None = None,
+        clients: int | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        if fraction_evaluate:
+            check_fraction(fraction_evaluate)
+        self.algorithm, self.seed, self.clients, self.checkpoint = algorithm, seed, clients, checkpoint
+        self.fraction_train, self.fraction_evaluate, self.min_available_nodes = fraction_train, fraction_evaluate, min_available_nodes
+        self.sampler: Sampler = sampler or Independent(fraction_train)
+        self.traffic = Traffic()
+        self.server: ServerState | None = None
+        self._key = uuid.uuid4().hex  # which federation a client's kept state belongs to
+        self._names: dict[int, int] = {}  # node -> client
+        self._layout: Layout | None = None
+        self._told: set[tuple[int, int]] = set()
+        self._asked: list[int] = []  # who was sent this round's messages
+        self._arrays = ArrayRecord()
+        self._timeout = 3600.0
+
+    def summary(self) -> None:
+        """Log what the strategy is set to."""
+        log(INFO, "\t├──> %s", self.algorithm)
+        log(INFO, "\t├──> Fraction: train (%.2f) | evaluate (%.2f)", self.fraction_train, self.fraction_evaluate)
+        log(INFO, "\t└──> Seed: %d, minimum available nodes: %d", self.seed, self.min_available_nodes)
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600, **keywords: Any) -> Result:
+        """Run `num_rounds` rounds from `ArrayRecord(model.state_dict())`; see Flower's own `Strategy.start` for the other arguments.
+
+        A node that does not answer within `timeout` seconds is left out of the round.
+        """
+        self._timeout = timeout
+        result = super().start(grid, initial_arrays, num_rounds, timeout, **keywords)
+        log(INFO, "Bytes on the wire: %d down, %d up", *self.traffic.total())
+        return result
+
+    # Who is there
+
+    def _wait(self, grid: Grid) -> list[int]:
+        """The nodes that are there, at least `min_available_nodes` of them."""
+        while len(nodes := sorted(grid.get_node_ids())) < self.min_available_nodes:
+            log(INFO, "Waiting for nodes to connect: %d connected (minimum required: %d).", len(nodes), self.min_available_nodes)
+            time.sleep(POLL)
+        return nodes
+
+    def _clients(self, grid: Grid) -> dict[int, int]:
+        """client -> node of those that are there; new nodes are asked who they are."""
+        nodes, silent = self._wait(grid), {}
+        if unknown := [node for node in nodes if node not in self._names]:
+            silent = self._ask(grid, unknown)
+        known = [node for node in nodes if node in self._names]
+        if len(known) < self.min_available_nodes:
+            reasons = "; ".join(f"node {node}: {reason}" for node, reason in silent.items())
+            raise RuntimeError(
+                f"{len(known)} of {len(nodes)} nodes say who they are; expected at least {self.min_available_nodes} "
+                f"(min_available_nodes), each running a ClientApp made by flower_client_app or one that answers {ASK!r} so. {reasons}"
+            )
+        found: dict[int, int] = {}
+        for node in sorted(known, key=list(self._names).index):  # in the order in which they came
+            client = self._names[node]
+            if client in found and (client, node) not in self._told:
+                self._told.add((client, node))
+                log(WARNING, "nodes %d and %d both say that they are client %d; the later one is taken (a SuperNode that was started "
+                    "again; if not, give each a partition-id of its own: --node-config 'partition-id=...')", found[client], node, client)  # fmt: skip
+            found[client] = node
+        return found
+
+    def _ask(self, grid: Grid, nodes: list[int]) -> dict[int, str]:
+        """Ask nodes who they are; why those that do not say it do not."""
+        silent = dict.fromkeys(nodes, f"no answer in {self._timeout:g} s")
+        asked = [Message(RecordDict({CONFIG: ConfigRecord({"key": self._key})}), dst_node_id=node, message_type=ASK) for node in nodes]
+        for reply in grid.send_and_receive(asked, timeout=self._timeout):
+            if reply.has_error():
+                silent[reply.metadata.src_node_id] = reply.error.reason
+                log(WARNING, "node %d does not say who it is: %s", reply.metadata.src_node_id, reply.error.reason)
+                continue
+            del silent[reply.metadata.src_node_id]
+            who = reply.content.config_records[CONFIG]
+            layout = Layout(*(tuple(filter(None, str(who[name]).split("\n"))) for name in ("parameters", "buffers")))
+            if self._layout is not None and layout != self._layout:
+                raise ValueError(
+                    f"client {who['client']} trains {len(layout.parameters)} parameters ({', '.join(layout.parameters)}), others "
+                    f"{len(self._layout.parameters)} ({', '.join(self._layout.parameters)}); expected the same model_fn for all"
+                )
+            self._layout = layout
+            self._names[reply.metadata.src_node_id] = int(who["client"])  # pyright: ignore[reportArgumentType] - an int
+        return silent
+
+    # Training
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Messages to the clients of the next round."""
+        found = self._clients(grid)
+        assert self._layout is not None
+        self._take(arrays, len(found))
+        assert self.server is not None
+        number = self.server.round + 1
+        chosen = self.sampler(list(found), number, self.seed)
+        log(INFO, "configure_train: round %d, clients %s (out of %d)", number, chosen, len(found))
+        self._asked = chosen
+        settings = dict(config) | {
+            "server-round": server_round, "round": number, "seed": self.seed, "key": self._key, "algorithm": repr(self.algorithm),
+        }  # fmt: skip
+        named = self._named()
+        messages = []
+        for message in run_configure(self.algorithm, self.server, chosen):
+            record = message_record(message, named, settings)
+            self.traffic.sent(number, message.client, record)
+            messages.append(Message(record, dst_node_id=found[message.client], message_type="train"))
+        return messages
+
+    def _take(self, arrays: ArrayRecord, there: int) -> None:
+        """Take the arrays as the global model; in the first round make the server's state, or read it from the checkpoint."""
+        assert self._layout is not None
+        vectors = self._layout.vectors(arrays)
+        self._arrays = arrays
+        if self.server is not None:
+            self.server = replace(self.server, x=vectors["x"])
+        elif self.checkpoint is not None and Path(self.checkpoint).exists():
+            state, kept = load_checkpoint(
+                self.checkpoint, self.clients or there, seed=self.seed, algorithm=repr(self.algorithm)
+            )
+            self.server, self._key = state, bytes(kept["key"].tolist()).decode()
+        else:
+            self.server = self.algorithm.initial(vectors["x"], self.clients or there)
+            self.server.vectors.update({BUFFERS: vectors[BUFFERS]} if BUFFERS in vectors else {})
+
+    def _named(self) -> ArrayRecord:
+        """The global model by name."""
+        assert self.server is not None
+        assert self._layout is not None
+        return self._layout.arrays(self.server.x, self.server.vectors.get(BUFFERS), self._arrays)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next global model; (None, None), with a warning, where no reply is good: the model stays as it is."""
+        assert self.server is not None
+        good = self._answered(replies, "training")
+        if late := [client for client in self._asked if client not in good]:
+            log(WARNING, "round %d: no good answer from %s in %g s; it goes on with %d of %d clients",
+                self.server.round + 1, late, self._timeout, len(good), len(self._asked))  # fmt: skip
+        read = [read_reply(content, client) for client, content in good.items()]
+        for client, content in good.items():
+            self.traffic.came(client, content)
+        try:
+            self.server = run_aggregate(self.algorithm, self.server, read)
+        except ValueError as error:
+            log(WARNING, "%s; the model stays as it is", error)
+            self.server = replace(self.server, round=self.server.round + 1)
+            return None, None
+        finally:
+            self._save()
+        return self._named(), aggregate_metricrecords(
+            [RecordDict({METRICS: content.metric_records[METRICS]}) for content in good.values()], "num-examples"
+        )
+
+    def _answered(self, replies: Iterable[Message], what: str) -> dict[int, RecordDict]:
+        """client -> content of the replies that came without an error, the others told."""
+        good = {}
+        for reply in replies:
+            client = self._names.get(reply.metadata.src_node_id, reply.metadata.src_node_id)
+            if reply.has_error():
+                log(WARNING, "%s: client %s failed and is left out: %s", what, client, reply.error.reason)
+            else:
+                good[client] = reply.content
+        return dict(sorted(good.items()))
+
+    def _save(self) -> None:
+        if self.checkpoint is not None and self.server is not None:
+            key = torch.tensor(list(self._key.encode()), dtype=torch.uint8)
+            save_checkpoint(self.checkpoint, self.server, {"key": key}, seed=self.seed, algorithm=repr(self.algorithm))
+
+    # Evaluation
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Messages to the clients that evaluate the global model."""
+        if not self.fraction_evaluate:
+            return []
+        found = self._clients(grid)
+        record = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(dict(config) | {"server-round": server_round})})
+        chosen = Independent(self.fraction_evaluate)(list(found), server_round, self.seed)
+        return [Message(record, dst_node_id=found[client], message_type="evaluate") for client in chosen]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The clients' metrics, weighed by their examples."""
+        good = self._answered(replies, "evaluation")
+        return aggregate_metricrecords(list(good.values()), "num-examples") if good else None
+
+
+LoadData = Callable[[Context], tuple[Tensor, Tensor]]
+
+
+def flower_client_app(
+    algorithm: Algorithm,
+    model_fn: Callable[[], nn.Module],
+    load_data: LoadData,
+    loss_fn: Loss = cross_entropy,
+    *,
+    load_test: LoadData | None = None,
+    buffers: Literal["average"] | None = None,
+) -> ClientApp:
+    """A federated algorithm's clients as a Flower ClientApp.
+
+    Args:
+        algorithm: the same as the strategy's.
+        model_fn: makes the model.
+        load_data: `load_data(context)`: the client's examples (x [n, ...], y [n, ...]); `context.node_config["partition-id"]` says which.
+        loss_fn: `loss_fn(output, y)`: the losses of the examples [B], or their mean.
+        load_test: examples to evaluate on; those to train on by default.
+        buffers: "average" for models with BatchNorm.
+
+    Returns:
+        an app that answers training, evaluation, and the server's question who it is. What the client keeps lies in `context.state`.
+
+    Raises:
+        ValueError: (when the app is asked) the client has no examples, or its algorithm is set up differently from the server's.
+    """
+    app = ClientApp()
+
+    def flat_model() -> FlatModel:
+        return FlatModel(model_fn(), loss_fn, buffers)
+
+    def layout_of(flat: FlatModel) -> Layout:
+        return Layout(tuple(flat.shapes), tuple(flat.buffer_shapes))
+
+    @app.query("who")
+    def who(message: Message, context: Context) -> Message:
+        layout = layout_of(flat_model())
+        about = {"client": client_of(context), "parameters": "\n".join(layout.parameters), "buffers": "\n".join(layout.buffers)}
+        return Message(RecordDict({CONFIG: ConfigRecord(about)}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        flat, client, settings = flat_model(), client_of(context), message.content.config_records[CONFIG]
+        if settings["algorithm"] != repr(algorithm):
+            raise ValueError(f"the server runs {settings['algorithm']}, client {client} {algorithm!r}; expected the same settings on both sides")
+        asked = read_message(message.content, layout_of(flat), client)
+        x, y = load_data(context)
+        if not len(x):
+            raise ValueError(f"client {client} has no examples; expected at least one: leave the client out")
+        rng = client_rng(int(settings["seed"]), asked.round, client)  # pyright: ignore[reportArgumentType] - an int
+        key = str(settings["key"])
+        with meters.counting() as counts:
+            shard = Shard(client, flat, x, y, torch.arange(len(x)))
+            kept, reply = run_local(algorithm, kept_vectors(context, algorithm, flat, key), asked, shard, rng)
+        keep(context, key, kept)
+        return Message(reply_record(reply, counts["gradients"]), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        flat = flat_model()
+        vectors = layout_of(flat).vectors(message.content.array_records[ARRAYS])
+        x, y = (load_test or load_data)(context)
+        output = flat.predict(vectors["x"], x, vectors.get(BUFFERS))
+        metrics: dict[str, Any] = {"num-examples": len(x), "loss": float(loss_fn(output, y).mean())}
+        if output.ndim == 2 and not y.is_floating_point():
+            metrics["accuracy"] = float((output.argmax(1) == y).float().mean())
+        return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
+
+    return app
+
+
+def client_of(context: Context) -> int:
+    """The client's name: its node's partition-id, or else the node id."""
+    return int(context.node_config.get("partition-id", context.node_id))
+
+
+def kept_vectors(context: Context, algorithm: Algorithm, flat: FlatModel, key: str) -> dict[str, Tensor]:
+    """What the client kept since its last round in this federation; zeros where there was none."""
+    state = context.state
+    if KEPT in state.config_records and state.config_records[KEPT]["key"] == key:
+        return {name: tensor_of(state.array_records[f"{KEPT}.{name}"]["vector"]) for name in algorithm.keeps}
+    return {name: torch.zeros(flat.size, dtype=flat.dtype) for name in algorithm.keeps}
+
+
+def keep(context: Context, key: str, vectors: dict[str, Tensor]) -> None:
+    """Keep vectors for the client's next round."""
+    context.state[KEPT] = ConfigRecord({"key": key})
+    for name, vector in vectors.items():
+        context.state[f"{KEPT}.{name}"] = flat_record(vector)

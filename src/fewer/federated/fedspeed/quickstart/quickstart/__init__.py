@@ -1,0 +1,1 @@
+"""FedSpeed on handwritten digits, as a Flower app."""

@@ -1,0 +1,55 @@
+"""What is learned: the model, each client's digits, and FedSpeed's settings."""
+
+from functools import cache
+
+import torch
+from flwr.app import Context
+from torch import Tensor, nn
+
+from fewer.data import load_digits
+from fewer.federated import FedSpeedConfig, dirichlet
+
+TEST_ROWS = 297  # of the 1,797 digits; no client trains on them
+
+
+def model_fn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.GroupNorm(4, 16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    images = load_digits()
+    return torch.from_numpy(images.x).float().div(16).unsqueeze(1), torch.from_numpy(images.y)
+
+
+@cache
+def parts(clients: int, alpha: float, seed: int) -> list:
+    return dirichlet(digits()[1][:-TEST_ROWS], clients, alpha, seed=seed, min_size=5)
+
+
+def load_data(context: Context) -> tuple[Tensor, Tensor]:
+    x, y = digits()
+    settings, node = context.run_config, context.node_config
+    rows = parts(int(node["num-partitions"]), float(settings["dirichlet"]), int(settings["seed"]))[int(node["partition-id"])]
+    return x[rows], y[rows]
+
+
+def load_test(context: Context) -> tuple[Tensor, Tensor]:
+    return tuple(part[-TEST_ROWS:] for part in digits())
+
+
+def config_of(context: Context) -> FedSpeedConfig:
+    settings = context.run_config
+    return FedSpeedConfig(
+        local_epochs=settings["local-epochs"],
+        lr=settings["lr"],
+        rho=settings["rho"],
+        prox=settings["prox"],
+        batch_size=settings["batch-size"],
+        server_rule=settings["server-rule"],
+    )

@@ -1,0 +1,270 @@
+"""The same algorithms as Flower apps: equal to the in-process engine, their bytes, what goes wrong, and Ray."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from direct_grid import DirectGrid
+from federations import examples, loss, net
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_to_proto
+from flwr.serverapp import ServerApp
+from torch import nn
+
+from fewer.federated import (
+    FedAvg,
+    FedDyn,
+    FedSpeed,
+    FedSpeedAlgorithm,
+    FedSpeedConfig,
+    FlatModel,
+    FlowerStrategy,
+    Independent,
+    LocalConfig,
+    Scaffold,
+    Shards,
+    dirichlet,
+    fedspeed_client_app,
+    flower_client_app,
+    ideal_bytes,
+    record_bytes,
+    simulate,
+)
+
+CLIENTS, SEED, FRACTION = 4, 3, 0.6
+LOCAL = {"local_epochs": 2, "lr": 0.1, "batch_size": 8}
+
+
+def shards():
+    x, y = examples()
+    return Shards(x, y, dirichlet(y, CLIENTS, alpha=0.3, seed=3, min_size=7))
+
+
+def load_data(context):
+    held = shards()
+    rows = held.parts[context.node_config["partition-id"]]
+    return held.x[rows], held.y[rows]
+
+
+def initial(model_fn=net):
+    return ArrayRecord(model_fn().state_dict())
+
+
+def in_process(algorithm, rounds=3, model_fn=net, **keywords):
+    return simulate(algorithm, model_fn, shards(), rounds, sampler=Independent(FRACTION), seed=SEED, **keywords)
+
+
+def strategy_of(algorithm, **keywords):
+    return FlowerStrategy(algorithm, FRACTION, 0.0, CLIENTS, seed=SEED, **keywords)
+
+
+def largest_difference(arrays, history):
+    mine, theirs = arrays.to_torch_state_dict(), history.state_dict()
+    assert list(mine) == list(theirs)
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+ALGORITHMS = {
+    "fedspeed": FedSpeedAlgorithm(FedSpeedConfig(**LOCAL)),
+    "fedspeed, released rule": FedSpeedAlgorithm(FedSpeedConfig(server_rule="released", relaxed_beta=0.2, **LOCAL)),
+    "scaffold": Scaffold(LocalConfig(**LOCAL)),
+    "feddyn": FedDyn(LocalConfig(weighted=True, **LOCAL)),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_flower_apps_equal_the_engine(algorithm):
+    grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS)
+    strategy = strategy_of(algorithm)
+    result = strategy.start(grid, initial(), num_rounds=4)
+    history = in_process(algorithm, rounds=4)
+    assert any(len(each.clients) < CLIENTS for each in history.rounds)
+    assert largest_difference(result.arrays, history) <= 1e-6
+    assert [result.train_metrics_clientapp[each.round]["gradients"] > 0 for each in history.rounds] == [True] * 4
+
+
+def server_app(done):
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        for name, algorithm in ALGORITHMS.items():
+            done[name] = strategy_of(algorithm).start(grid, initial(), num_rounds=3, timeout=120).arrays
+
+    return app
+
+
+def client_app():
+    """One app for all algorithms: each message says which one it is of."""
+    apps = {repr(algorithm): flower_client_app(algorithm, net, load_data, loss) for algorithm in ALGORITHMS.values()}
+    app = ClientApp()
+
+    def answer(message, context):
+        return apps[message.content.config_records["config"].get("algorithm", next(iter(apps)))](message, context)
+
+    app.train()(answer)
+    app.query("who")(answer)
+    return app
+
+
+def test_simulation_by_ray_equals_the_engine(monkeypatch):
+    from flwr.simulation import run_simulation
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    done = {}
+    run_simulation(server_app(done), client_app(), CLIENTS, backend_config={"client_resources": {"num_cpus": 2, "num_gpus": 0.0}})
+    assert list(done) == list(ALGORITHMS)
+    for name, algorithm in ALGORITHMS.items():
+        assert largest_difference(done[name], in_process(algorithm)) <= 1e-6
+
+
+def test_counted_bytes_are_those_of_the_serialised_records():
+    algorithm = ALGORITHMS["fedspeed"]
+    grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS)
+    strategy = strategy_of(algorithm)
+    strategy.start(grid, initial(), num_rounds=2)
+    trained = [each for each in grid.messages if each[0].metadata.message_type == "train"]
+    down, up = (sum(len(recorddict_to_proto(each[way].content).SerializeToString()) for each in trained) for way in (0, 1))
+    assert strategy.traffic.total() == (down, up)
+    assert len(strategy.traffic.transfers) == len(trained)
+    first = strategy.traffic.total([1])
+    assert 0 < first[0] < down
+    assert record_bytes(trained[0][0].content) == strategy.traffic.transfers[0].down
+
+
+def wide():
+    return nn.Linear(6, 3000)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "models"),
+    [(ALGORITHMS["fedspeed"], 1), (ALGORITHMS["fedspeed, released rule"], 1), (FedAvg(LocalConfig(**LOCAL)), 1), (ALGORITHMS["scaffold"], 2)],
+    ids=["fedspeed", "released", "fedavg", "scaffold"],
+)
+def test_fedspeed_sends_one_model_each_way_and_scaffold_two(algorithm, models):
+    grid = DirectGrid(flower_client_app(algorithm, wide, load_data, loss), CLIENTS)
+    strategy = strategy_of(algorithm)
+    strategy.start(grid, initial(wide), num_rounds=1)
+    parameters = FlatModel(wide()).size
+    for each in strategy.traffic.transfers:
+        for sent in (each.down, each.up):
+            assert ideal_bytes(parameters, models) <= sent <= 1.02 * ideal_bytes(parameters, models) + 1500
+
+
+def test_a_strategy_goes_on_from_its_checkpoint(tmp_path):
+    """The clients keep their state; the server's comes from the file, by the released rule with the mean of the corrections."""
+    algorithm = ALGORITHMS["fedspeed, released rule"]
+    grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS)
+    file = tmp_path / "server.pt"
+    first = strategy_of(algorithm, checkpoint=file).start(grid, initial(), num_rounds=3)
+    second = strategy_of(algorithm, checkpoint=file).start(grid, first.arrays, num_rounds=3)
+    assert largest_difference(second.arrays, in_process(algorithm, rounds=6)) <= 1e-6
+
+
+def test_another_federation_does_not_find_a_clients_old_correction():
+    algorithm = ALGORITHMS["fedspeed"]
+    grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS)
+    for _ in range(2):
+        result = strategy_of(algorithm).start(grid, initial(), num_rounds=3)
+        assert largest_difference(result.arrays, in_process(algorithm)) <= 1e-6
+
+
+def spoiling(client, change):
+    def spoil(message, reply):
+        if message.metadata.message_type != "train" or message.metadata.dst_node_id != 1000 - client:
+            return reply
+        content = reply.content
+        vector = change(content["model"]["vector"].numpy())
+        spoiled = Message(
+            RecordDict(dict(content) | {"model": ArrayRecord({"vector": Array(vector)})}), reply_to=message
+        )
+        spoiled.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+        return spoiled
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(lambda v: v * np.nan, "NaN"), (lambda v: v[:-1], r"shape \(\d+,\); expected \(\d+,\)")], ids=["nan", "shape"]
+)
+def test_a_bad_reply_is_left_out_and_the_client_named(change, words):
+    algorithm = FedAvg(LocalConfig(**LOCAL))
+    grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS, spoiling(1, change))
+    strategy = FlowerStrategy(algorithm, 1.0, 0.0, CLIENTS, seed=SEED)
+    with pytest.warns(UserWarning, match=f"client 1 sent 'model' (of|with).*{words}.*left out"):
+        result = strategy.start(grid, initial(), num_rounds=1)
+    others = simulate(algorithm, net, shards(), 1, sampler=lambda clients, round, seed: [0, 2, 3], seed=SEED)
+    assert largest_difference(result.arrays, others) <= 1e-6
+
+
+def test_without_a_good_reply_the_model_stays_and_the_next_round_works():
+    algorithm, rounds = ALGORITHMS["fedspeed"], []
+
+    def spoil(message, reply):
+        if message.metadata.message_type == "train":
+            rounds.append(message.content["config"]["round"])
+            if rounds[-1] == 1:
+                return spoiling(1000 - message.metadata.dst_node_id, lambda v: v + math.inf)(message, reply)
+        return reply
+
+    grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS, spoil)
+    strategy = strategy_of(algorithm)
+    with pytest.warns(UserWarning, match="left out"):
+        result = strategy.start(grid, initial(), num_rounds=2)
+    assert set(rounds) == {1, 2}
+    assert list(result.train_metrics_clientapp) == [2]
+    assert strategy.server.round == 2
+
+
+def test_a_client_with_other_settings_is_told_and_left_out(caplog):
+    config = FedSpeedConfig(**LOCAL)
+    app = fedspeed_client_app(net, load_data, loss, FedSpeedConfig(**LOCAL | {"lr": 0.2}))
+    strategy = FedSpeed(config, fraction_train=1.0, min_available_nodes=CLIENTS, fraction_evaluate=0.0)
+    replies = DirectGrid(app, CLIENTS)
+    strategy.start(replies, initial(), num_rounds=1)
+    reasons = [reply.error.reason for message, reply in replies.messages if message.metadata.message_type == "train"]
+    assert len(reasons) == CLIENTS
+    assert all("lr=0.1" in reason and "lr=0.2" in reason and "same settings on both sides" in reason for reason in reasons)
+
+
+def test_nodes_that_do_not_say_who_they_are_end_the_run_with_their_reason():
+    app = ClientApp()
+
+    @app.query("who")
+    def broken(message, context):
+        raise OSError("no disk")
+
+    with pytest.raises(RuntimeError, match="0 of 4 nodes say who they are; expected at least 4 .*node 1000: no disk"):
+        strategy_of(ALGORITHMS["fedspeed"]).start(DirectGrid(app, CLIENTS), initial(), num_rounds=1)
+
+
+def test_clients_evaluate_the_global_model_weighed_by_examples():
+    algorithm = ALGORITHMS["fedspeed"]
+    grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS)
+    strategy = FlowerStrategy(algorithm, FRACTION, 1.0, CLIENTS, seed=SEED)
+    result = strategy.start(grid, initial(), num_rounds=3)
+    history, held = in_process(algorithm), shards()
+    right = history.flat.predict(history.server.x, held.x).argmax(1) == held.y
+    assert result.evaluate_metrics_clientapp[3]["accuracy"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+
+
+def with_statistics():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_statistics_are_averaged_in_both_engines_where_that_is_said_aloud():
+    algorithm = FedSpeedAlgorithm(FedSpeedConfig(**LOCAL | {"batch_size": 100}))  # BatchNorm refuses a last batch of one example
+    app = flower_client_app(algorithm, with_statistics, load_data, loss, buffers="average")
+    result = strategy_of(algorithm).start(DirectGrid(app, CLIENTS), initial(with_statistics), num_rounds=3)
+    history = in_process(algorithm, model_fn=with_statistics, buffers="average")
+    mine = result.arrays.to_torch_state_dict()
+    with_statistics().load_state_dict(mine)
+    averaged = torch.cat([mine["1.running_mean"], mine["1.running_var"]])
+    assert torch.allclose(averaged, history.server.vectors["buffers"], atol=1e-6)
+    assert averaged[:8].abs().max() > 1e-3
+    assert max(float((mine[name] - tensor).abs().max()) for name, tensor in history.state_dict().items()) <= 1e-6
