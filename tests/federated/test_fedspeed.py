@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from federations import examples, gradient, linear, net, quadratics, square
+from flower_runs import flower_runs
 
 from fewer import meters
 from fewer.federated import (
@@ -29,6 +30,13 @@ from fewer.federated import (
     simulate,
 )
 from fewer.federated._shared.clients import client_rng
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _long_runs(request):
+    """Flower's processes, which the last file looks at, start while the quick tests run."""
+    flower_runs(request)
+
 
 FULL = FedSpeedConfig(local_steps=4, lr=0.05, lr_decay=0.9, weight_decay=1e-2, batch_size=100, max_grad_norm=0.5)
 ROUNDS = [[0, 2], [1, 2, 3], [0, 3]]  # who takes part

@@ -1,4 +1,4 @@
-"""The same algorithms as Flower apps: equal to the in-process engine, their bytes, what goes wrong, and Ray."""
+"""The same algorithms as Flower apps: equal to the in-process engine, their bytes, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from direct_grid import DirectGrid
-from federations import examples, loss, net
+from flower_app import ALGORITHMS, CLIENTS, FRACTION, LOCAL, SEED, in_process, initial, largest_difference, load_data, shards, strategy_of
+from federations import loss, net
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
-from flwr.serverapp import ServerApp
 from torch import nn
 
 from fewer.federated import (
@@ -35,47 +35,6 @@ from fewer.federated import (
     simulate,
 )
 
-CLIENTS, SEED, FRACTION = 4, 3, 0.6
-LOCAL = {"local_epochs": 2, "lr": 0.1, "batch_size": 8}
-
-
-def shards():
-    x, y = examples()
-    return Shards(x, y, dirichlet(y, CLIENTS, alpha=0.3, seed=3, min_size=7))
-
-
-def load_data(context):
-    held = shards()
-    rows = held.parts[context.node_config["partition-id"]]
-    return held.x[rows], held.y[rows]
-
-
-def initial(model_fn=net):
-    return ArrayRecord(model_fn().state_dict())
-
-
-def in_process(algorithm, rounds=3, model_fn=net, **keywords):
-    return simulate(algorithm, model_fn, shards(), rounds, sampler=Independent(FRACTION), seed=SEED, **keywords)
-
-
-def strategy_of(algorithm, **keywords):
-    return FlowerStrategy(algorithm, FRACTION, 0.0, CLIENTS, seed=SEED, **keywords)
-
-
-def largest_difference(arrays, history):
-    mine, theirs = arrays.to_torch_state_dict(), history.state_dict()
-    assert list(mine) == list(theirs)
-    return max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)
-
-
-ALGORITHMS = {
-    "fedspeed": FedSpeedAlgorithm(FedSpeedConfig(**LOCAL)),
-    "fedspeed, released rule": FedSpeedAlgorithm(FedSpeedConfig(server_rule="released", relaxed_beta=0.2, **LOCAL)),
-    "scaffold": Scaffold(LocalConfig(**LOCAL)),
-    "feddyn": FedDyn(LocalConfig(weighted=True, **LOCAL)),
-}
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_flower_apps_equal_the_engine(algorithm):
     grid = DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS)
@@ -85,41 +44,6 @@ def test_flower_apps_equal_the_engine(algorithm):
     assert any(len(each.clients) < CLIENTS for each in history.rounds)
     assert largest_difference(result.arrays, history) <= 1e-6
     assert [result.train_metrics_clientapp[each.round]["gradients"] > 0 for each in history.rounds] == [True] * 4
-
-
-def server_app(done):
-    app = ServerApp()
-
-    @app.main()
-    def main(grid, context):
-        for name, algorithm in ALGORITHMS.items():
-            done[name] = strategy_of(algorithm).start(grid, initial(), num_rounds=3, timeout=120).arrays
-
-    return app
-
-
-def client_app():
-    """One app for all algorithms: each message says which one it is of."""
-    apps = {repr(algorithm): flower_client_app(algorithm, net, load_data, loss) for algorithm in ALGORITHMS.values()}
-    app = ClientApp()
-
-    def answer(message, context):
-        return apps[message.content.config_records["config"].get("algorithm", next(iter(apps)))](message, context)
-
-    app.train()(answer)
-    app.query("who")(answer)
-    return app
-
-
-def test_simulation_by_ray_equals_the_engine(monkeypatch):
-    from flwr.simulation import run_simulation
-
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    done = {}
-    run_simulation(server_app(done), client_app(), CLIENTS, backend_config={"client_resources": {"num_cpus": 2, "num_gpus": 0.0}})
-    assert list(done) == list(ALGORITHMS)
-    for name, algorithm in ALGORITHMS.items():
-        assert largest_difference(done[name], in_process(algorithm)) <= 1e-6
 
 
 def test_counted_bytes_are_those_of_the_serialised_records():

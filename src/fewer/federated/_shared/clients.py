@@ -162,5 +162,12 @@ class StackedShard:
         return torch.tensor([[float(shard.steps(batch_size, epochs, steps))] for shard in self.shards], dtype=self.flat.dtype)
 
     def gradient(self, vector: Float[Tensor, "S d"], batch: Batch) -> Float[Tensor, "S d"]:
-        meters.count("gradients", len(self.shards) if batch.active is None else int(batch.active.sum()))
-        return self.flat.stacked_gradient(vector, self.x[batch.rows], self.y[batch.rows], batch.weights)
+        """The gradients of those that still train; zeros for the others."""
+        rows, weights, training = batch.rows, batch.weights, None
+        if batch.active is not None:
+            training = batch.active.squeeze(1).nonzero().squeeze(1)
+            rows, weights = rows[training], weights[training] if weights is not None else None
+        meters.count("gradients", len(rows))
+        at = vector if training is None else vector[training]
+        grads = self.flat.stacked_gradient(at, self.x[rows], self.y[rows], weights)
+        return grads if training is None else torch.zeros_like(vector).index_copy_(0, training, grads)

@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
-from fewer import meters
+from fewer.meters import counting  # by name: Ray pickles the app, and a lazily loaded package cannot be pickled
 from fewer.federated._shared.algorithm import BUFFERS, Algorithm, ServerState, run_aggregate, run_configure, run_local
 from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
 from fewer.federated._shared.clients import Shard, client_rng
@@ -317,7 +317,7 @@ def flower_client_app(
             raise ValueError(f"client {client} has no examples; expected at least one: leave the client out")
         rng = client_rng(int(settings["seed"]), asked.round, client)  # pyright: ignore[reportArgumentType] - an int
         key = str(settings["key"])
-        with meters.counting() as counts:
+        with counting() as counts:
             shard = Shard(client, flat, x, y, torch.arange(len(x)))
             kept, reply = run_local(algorithm, kept_vectors(context, algorithm, flat, key), asked, shard, rng)
         keep(context, key, kept)
