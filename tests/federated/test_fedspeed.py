@@ -293,9 +293,7 @@ def test_weighting_by_examples():
     algorithm = FedAvg(LocalConfig(weighted=True, **LOCAL))
     once = simulate(algorithm, net, shards, 1, sampler=everybody).server.x
     flat = FlatModel(net())
-    alone = [
-        simulate(FedAvg(LocalConfig(**LOCAL)), flat, shards, 1, sampler=chosen([[client]])).server.x for client in range(len(shards))
-    ]
+    alone = [simulate(FedAvg(LocalConfig(**LOCAL)), flat, shards, 1, sampler=chosen([[client]])).server.x for client in range(len(shards))]
     sizes = torch.tensor([float(len(part)) for part in shards.parts])
     assert torch.allclose(once, (sizes[:, None] * torch.stack(alone)).sum(0) / sizes.sum(), atol=1e-6)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -88,8 +87,7 @@ def test_a_reply_with_nan_is_left_out_and_the_round_goes_on(executor):
 
 
 def test_a_round_without_a_good_reply_ends_with_an_error():
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="round 1: no good reply of 1"):
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="round 1: no good reply of 1"):
         simulate(AVERAGE, net, federation(bad=1), 1, sampler=lambda clients, round, seed: [1])
 
 

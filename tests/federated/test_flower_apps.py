@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from direct_grid import DirectGrid
-from flower_app import ALGORITHMS, CLIENTS, FRACTION, LOCAL, SEED, in_process, initial, largest_difference, load_data, shards, strategy_of
 from federations import loss, net
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flower_app import ALGORITHMS, CLIENTS, FRACTION, LOCAL, SEED, in_process, initial, largest_difference, load_data, shards, strategy_of
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from torch import nn
 
 from fewer.federated import (
     FedAvg,
-    FedDyn,
+    FedProx,
     FedSpeed,
     FedSpeedAlgorithm,
     FedSpeedConfig,
@@ -25,15 +25,14 @@ from fewer.federated import (
     FlowerStrategy,
     Independent,
     LocalConfig,
-    Scaffold,
-    Shards,
-    dirichlet,
     fedspeed_client_app,
     flower_client_app,
     ideal_bytes,
     record_bytes,
     simulate,
 )
+from fewer.federated._shared.clients import batch_rows, client_rng
+
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_flower_apps_equal_the_engine(algorithm):
@@ -66,7 +65,12 @@ def wide():
 
 @pytest.mark.parametrize(
     ("algorithm", "models"),
-    [(ALGORITHMS["fedspeed"], 1), (ALGORITHMS["fedspeed, released rule"], 1), (FedAvg(LocalConfig(**LOCAL)), 1), (ALGORITHMS["scaffold"], 2)],
+    [
+        (ALGORITHMS["fedspeed"], 1),
+        (ALGORITHMS["fedspeed, released rule"], 1),
+        (FedAvg(LocalConfig(**LOCAL)), 1),
+        (ALGORITHMS["scaffold"], 2),
+    ],
     ids=["fedspeed", "released", "fedavg", "scaffold"],
 )
 def test_fedspeed_sends_one_model_each_way_and_scaffold_two(algorithm, models):
@@ -103,9 +107,7 @@ def spoiling(client, change):
             return reply
         content = reply.content
         vector = change(content["model"]["vector"].numpy())
-        spoiled = Message(
-            RecordDict(dict(content) | {"model": ArrayRecord({"vector": Array(vector)})}), reply_to=message
-        )
+        spoiled = Message(RecordDict(dict(content) | {"model": ArrayRecord({"vector": Array(vector)})}), reply_to=message)
         spoiled.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
         return spoiled
 
@@ -192,3 +194,42 @@ def test_statistics_are_averaged_in_both_engines_where_that_is_said_aloud():
     assert torch.allclose(averaged, history.server.vectors["buffers"], atol=1e-6)
     assert averaged[:8].abs().max() > 1e-3
     assert max(float((mine[name] - tensor).abs().max()) for name, tensor in history.state_dict().items()) <= 1e-6
+
+
+def plain_client_app(prox: float) -> ClientApp:
+    """A client as Flower's tutorials write it: torch.optim.SGD on the batches of the engine."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        client, model = context.node_config["partition-id"], net()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        anchor = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+        x, y = load_data(context)
+        rng = client_rng(SEED, message.content["config"]["server-round"], client)
+        rng.integers(2**62)
+        for rows in batch_rows(len(x), 8, 2, None, rng):
+            optimizer.zero_grad()
+            value = loss(model(x[rows]), y[rows]).mean()
+            value = value + prox / 2 * sum((p - a).square().sum() for p, a in zip(model.parameters(), anchor, strict=True))
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+        metrics = MetricRecord({"num-examples": len(x)})
+        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("prox", [0.0, 0.4])
+def test_the_baselines_equal_flowers_own_strategies(prox):
+    from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
+    from flwr.serverapp.strategy import FedProx as FlowersFedProx
+
+    peer = FlowersFedProx(proximal_mu=prox, fraction_evaluate=0.0) if prox else FlowersFedAvg(fraction_evaluate=0.0)
+    result = peer.start(DirectGrid(plain_client_app(prox), CLIENTS), initial(), num_rounds=3)
+    local = LocalConfig(weighted=True, lr_decay=1.0, **LOCAL)
+    ours = FedProx(local, mu=prox) if prox else FedAvg(local)
+    history = simulate(ours, net, shards(), 3, sampler=Independent(1.0), seed=SEED)
+    assert largest_difference(result.arrays, history) <= 1e-5

@@ -35,7 +35,11 @@ def test_every_split_covers_each_example_once_and_depends_on_its_seed_alone(clie
 
 
 def test_other_seeds_give_other_splits():
-    for split in (lambda seed: iid(LABELS, 5, seed), lambda seed: dirichlet(LABELS, 5, 0.5, seed), lambda seed: pathological(LABELS, 5, 2, seed)):
+    for split in (
+        lambda seed: iid(LABELS, 5, seed),
+        lambda seed: dirichlet(LABELS, 5, 0.5, seed),
+        lambda seed: pathological(LABELS, 5, 2, seed),
+    ):
         assert not all(np.array_equal(one, other) for one, other in zip(split(0), split(1), strict=True))
 
 

@@ -33,9 +33,7 @@ def same_in_process(finished, monkeypatch):
     """`run(rounds, sampler, file)`: what the written app does, by the engine."""
     monkeypatch.syspath_prepend(finished.app)
     task = importlib.import_module("quickstart.task")
-    config = replace(
-        FedSpeedAlgorithm().config, local_epochs=SETTINGS["local_epochs"], lr=0.1, rho=0.1, prox=0.1, batch_size=20
-    )
+    config = replace(FedSpeedAlgorithm().config, local_epochs=SETTINGS["local_epochs"], lr=0.1, rho=0.1, prox=0.1, batch_size=20)
     x, y = task.digits()
     shards = Shards(x, y, task.parts(2, 0.3, SETTINGS["seed"]))
 

@@ -22,7 +22,6 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
-from fewer.meters import counting  # by name: Ray pickles the app, and a lazily loaded package cannot be pickled
 from fewer.federated._shared.algorithm import BUFFERS, Algorithm, ServerState, run_aggregate, run_configure, run_local
 from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
 from fewer.federated._shared.clients import Shard, client_rng
@@ -42,6 +41,7 @@ from fewer.federated._shared.flower_records import (
 )
 from fewer.federated._shared.sampling import Independent, Sampler, check_fraction
 from fewer.federated._shared.traffic import Traffic
+from fewer.meters import counting  # by name: Ray pickles the app, and a lazily loaded package cannot be pickled
 
 log = getLogger("flwr").log
 ASK = "query.who"
@@ -145,11 +145,11 @@ class FlowerStrategy(Strategy):
 
     def _ask(self, grid: Grid, nodes: list[int]) -> dict[int, str]:
         """Ask nodes who they are; why those that do not say it do not."""
-        silent = dict.fromkeys(nodes, f"no answer in {self._timeout:g} s")
+        silent: dict[int, str] = dict.fromkeys(nodes, f"no answer in {self._timeout:g} s")
         asked = [Message(RecordDict({CONFIG: ConfigRecord({"key": self._key})}), dst_node_id=node, message_type=ASK) for node in nodes]
         for reply in grid.send_and_receive(asked, timeout=self._timeout):
             if reply.has_error():
-                silent[reply.metadata.src_node_id] = reply.error.reason
+                silent[reply.metadata.src_node_id] = str(reply.error.reason)
                 log(WARNING, "node %d does not say who it is: %s", reply.metadata.src_node_id, reply.error.reason)
                 continue
             del silent[reply.metadata.src_node_id]
@@ -195,9 +195,7 @@ class FlowerStrategy(Strategy):
         if self.server is not None:
             self.server = replace(self.server, x=vectors["x"])
         elif self.checkpoint is not None and Path(self.checkpoint).exists():
-            state, kept = load_checkpoint(
-                self.checkpoint, self.clients or there, seed=self.seed, algorithm=repr(self.algorithm)
-            )
+            state, kept = load_checkpoint(self.checkpoint, self.clients or there, seed=self.seed, algorithm=repr(self.algorithm))
             self.server, self._key = state, bytes(kept["key"].tolist()).decode()
         else:
             self.server = self.algorithm.initial(vectors["x"], self.clients or there)
@@ -310,7 +308,9 @@ def flower_client_app(
     def train(message: Message, context: Context) -> Message:
         flat, client, settings = flat_model(), client_of(context), message.content.config_records[CONFIG]
         if settings["algorithm"] != repr(algorithm):
-            raise ValueError(f"the server runs {settings['algorithm']}, client {client} {algorithm!r}; expected the same settings on both sides")
+            raise ValueError(
+                f"the server runs {settings['algorithm']}, client {client} {algorithm!r}; expected the same settings on both sides"
+            )
         asked = read_message(message.content, layout_of(flat), client)
         x, y = load_data(context)
         if not len(x):

@@ -36,7 +36,7 @@ class Layout:
         return torch.cat([tensor_of(arrays[name]).reshape(-1) for name in names])
 
     def vectors(self, arrays: ArrayRecord) -> Vectors:
-        """"x", and the statistics where there are some."""
+        """ "x", and the statistics where there are some."""
         found = {"x": self.vector(self.parameters, arrays)}
         return found | ({BUFFERS: self.vector(self.buffers, arrays)} if self.buffers else {})
 
@@ -45,7 +45,8 @@ class Layout:
         filled = dict(like)
         for names, flat in ((self.parameters, x), (self.buffers, buffers)):
             place = 0
-            for name in names if flat is not None else ():
+            for name in names:
+                assert flat is not None
                 shape = like[name].shape
                 size = int(torch.Size(shape).numel())
                 filled[name] = Array(flat[place : place + size].view(shape).numpy())
@@ -94,5 +95,5 @@ def wire_bytes(names: Sequence[str], server: ServerState, arrays: ArrayRecord | 
     """Serialised bytes of a record with these vectors of the model's size; "x" as named arrays where they are given."""
     from fewer.federated._shared.traffic import record_bytes
 
-    records = {name: arrays if name == "x" and arrays is not None else flat_record(server.x) for name in names}
+    records: dict[str, Any] = {name: arrays if name == "x" and arrays is not None else flat_record(server.x) for name in names}
     return record_bytes(RecordDict(records))

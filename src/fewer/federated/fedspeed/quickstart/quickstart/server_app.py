@@ -1,18 +1,21 @@
 """The server: it samples clients, sends them the model and averages what comes back."""
 
+from typing import Any
+
 import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from .task import config_of, model_fn
 
 from fewer.federated import FedSpeed
+
+from .task import config_of, model_fn
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    settings = context.run_config
+    settings: Any = context.run_config
     strategy = FedSpeed(
         config_of(context),
         fraction_train=settings["fraction-train"],
@@ -21,8 +24,6 @@ def main(grid: Grid, context: Context) -> None:
         seed=settings["seed"],
         checkpoint=settings["checkpoint"] or None,
     )
-    result = strategy.start(
-        grid, ArrayRecord(model_fn().state_dict()), num_rounds=settings["rounds"], timeout=float(settings["timeout"])
-    )
+    result = strategy.start(grid, ArrayRecord(model_fn().state_dict()), num_rounds=settings["rounds"], timeout=float(settings["timeout"]))
     if settings["final-model"]:
         torch.save(result.arrays.to_torch_state_dict(), settings["final-model"])

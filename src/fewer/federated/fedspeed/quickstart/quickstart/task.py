@@ -1,6 +1,7 @@
 """What is learned: the model, each client's digits, and FedSpeed's settings."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from flwr.app import Context
@@ -34,17 +35,19 @@ def parts(clients: int, alpha: float, seed: int) -> list:
 
 def load_data(context: Context) -> tuple[Tensor, Tensor]:
     x, y = digits()
-    settings, node = context.run_config, context.node_config
-    rows = parts(int(node["num-partitions"]), float(settings["dirichlet"]), int(settings["seed"]))[int(node["partition-id"])]
+    settings: Any = context.run_config
+    node: Any = context.node_config
+    rows = parts(node["num-partitions"], settings["dirichlet"], settings["seed"])[node["partition-id"]]
     return x[rows], y[rows]
 
 
 def load_test(context: Context) -> tuple[Tensor, Tensor]:
-    return tuple(part[-TEST_ROWS:] for part in digits())
+    x, y = digits()
+    return x[-TEST_ROWS:], y[-TEST_ROWS:]
 
 
 def config_of(context: Context) -> FedSpeedConfig:
-    settings = context.run_config
+    settings: Any = context.run_config
     return FedSpeedConfig(
         local_epochs=settings["local-epochs"],
         lr=settings["lr"],

@@ -1,0 +1,147 @@
+"""Races: FedSpeed's local step against FedSAM's, the in-process engine against its own loop and against Flower on Ray, and the bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Context
+from torch import Tensor, nn
+
+from fewer.federated._shared.baselines import FedAvg, FedSAM, Scaffold
+from fewer.federated._shared.clients import Shards, client_rng
+from fewer.federated._shared.flat_model import FlatModel
+from fewer.federated._shared.flower import flower_client_app
+from fewer.federated._shared.flower_records import wire_bytes
+from fewer.federated._shared.local_training import LocalConfig
+from fewer.federated._shared.simulate import simulate
+from fewer.federated.fedspeed.algorithm import FedSpeedAlgorithm, FedSpeedConfig
+from fewer.study import Bench
+
+bench = Bench("fedspeed")
+CLIENTS, EACH = 50, 40  # small clients
+LOCAL = {"local_epochs": 1, "batch_size": 20}
+
+Step = Callable[[], object]
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(4, 64), nn.ReLU(),
+        nn.Flatten(), nn.Linear(1024, 10),
+    )  # fmt: skip
+
+
+@cache
+def shards() -> Shards:
+    """Images of the shape that matters; what they show does not change the time."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(CLIENTS * EACH, 1, 14, 14, generator=draw)
+    return Shards(x, torch.randint(10, (len(x),), generator=draw), np.arange(len(x)).reshape(CLIENTS, EACH))
+
+
+def everybody(clients: Any, round: int, seed: int) -> list[int]:
+    return list(clients)
+
+
+@bench.race("local training of a client, 29,258 parameters, batch 50", peer="FedSAM in the same loop", reach=1.05)
+def local_step() -> tuple[Step, Step]:
+    flat = FlatModel(convnet())
+    x, y = shards().x[:400], shards().y[:400]
+    shard = Shards(x, y, [range(400)]).shard(0, flat)
+    local = {"local_epochs": 1, "batch_size": 50}
+
+    def trained(algorithm: Any) -> Step:
+        server = algorithm.initial(flat.initial(), 1)
+        message = algorithm.configure(server, [0], 1)[0]
+        state = {name: torch.zeros(flat.size) for name in algorithm.keeps}
+
+        def train() -> object:
+            with torch.no_grad():
+                return algorithm.local(state, message, shard, client_rng(0, 1, 0))
+
+        return train
+
+    return trained(FedSpeedAlgorithm(FedSpeedConfig(**local))), trained(FedSAM(LocalConfig(**local)))
+
+
+def engine(executor: Any, rounds: int = 1) -> Step:
+    flat = FlatModel(convnet())
+    algorithm = FedSpeedAlgorithm(FedSpeedConfig(**LOCAL))
+    return lambda: simulate(algorithm, flat, shards(), rounds, sampler=everybody, executor=executor)
+
+
+@bench.race("a round of 50 clients at once", peer="the same clients one after the other")
+def at_once() -> tuple[Step, Step]:
+    return engine("vmap"), engine(None)
+
+
+def load_data(context: Context) -> tuple[Tensor, Tensor]:
+    held = shards()
+    rows = held.parts[int(context.node_config["partition-id"])]
+    return held.x[rows], held.y[rows]
+
+
+ROUNDS = 3
+
+
+def seconds_by_ray(make_strategy: Callable[[], Any], app: Any) -> float:
+    """Seconds of a round in Flower's simulation, its start (Ray, the workers, who is there) left out."""
+    import os
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    server, marks = ServerApp(), []
+
+    @server.main()
+    def main(grid: Any, context: Context) -> None:
+        def mark(round: int, arrays: ArrayRecord) -> None:
+            marks.append(time.perf_counter())
+
+        make_strategy().start(grid, ArrayRecord(convnet().state_dict()), num_rounds=ROUNDS + 1, evaluate_fn=mark)
+
+    run_simulation(server, app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
+    return (marks[-1] - marks[1]) / ROUNDS
+
+
+def seconds_here() -> float:
+    """Seconds of a round in this engine, the best of three runs."""
+    run = engine("vmap", ROUNDS)
+    run()
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) / ROUNDS)
+    return min(times)
+
+
+@bench.quantity(
+    "a round of 50 small clients, engine against FedSpeed's own Flower app", peer="Flower's simulation by Ray", unit="s", reach=1 / 3
+)
+def against_ray() -> tuple[float, float]:
+    from fewer.federated.fedspeed.strategy import FedSpeed
+
+    config = FedSpeedConfig(**LOCAL)
+    app = flower_client_app(FedSpeedAlgorithm(config), convnet, load_data)
+    theirs = seconds_by_ray(lambda: FedSpeed(config, 1.0, CLIENTS, fraction_evaluate=0.0), app)
+    return seconds_here(), theirs
+
+
+@bench.quantity("bytes up a client and round", peer="FedAvg's message (one model)", unit="bytes", reach=1.0)
+def bytes_up() -> tuple[float, float]:
+    server = FedAvg().initial(FlatModel(convnet()).initial(), CLIENTS)
+    return wire_bytes(FedSpeedAlgorithm().sends, server), wire_bytes(FedAvg().sends, server)
+
+
+@bench.quantity("bytes up a client and round, beside SCAFFOLD", peer="SCAFFOLD's message (two models)", unit="bytes", reach=0.51)
+def bytes_beside_scaffold() -> tuple[float, float]:
+    server = FedAvg().initial(FlatModel(convnet()).initial(), CLIENTS)
+    return wire_bytes(FedSpeedAlgorithm().sends, server), wire_bytes(Scaffold().sends, server)
