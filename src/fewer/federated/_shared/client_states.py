@@ -21,6 +21,7 @@ class ClientStates:
         names: of the vectors.
         size: d.
         dtype: of the vectors.
+        device: where the vectors are handed out (the tables stay in memory).
         large: bytes of all tables from which they lie in a temporary memory-mapped file instead of in memory.
 
     Examples:
@@ -30,8 +31,9 @@ class ClientStates:
         (tensor([1., 1.]), tensor([0., 0.]))
     """
 
-    def __init__(self, clients: int, names: Sequence[str], size: int, dtype: torch.dtype, large: int = LARGE) -> None:
+    def __init__(self, clients: int, names: Sequence[str], size: int, dtype: torch.dtype, large: int = LARGE, device: Any = "cpu") -> None:
         self._files: list[Any] = []
+        self._device = device
         self.mapped = clients * size * len(names) * dtype.itemsize > large
         self.tables = {name: self._table(clients, size, dtype) for name in names}
 
@@ -45,7 +47,7 @@ class ClientStates:
 
     def get(self, client: int | Sequence[int]) -> dict[str, Tensor]:
         """A copy of the vectors of a client [d], or of some clients stacked [S, d]."""
-        return {name: table[client].clone() for name, table in self.tables.items()}
+        return {name: table[client].clone().to(self._device) for name, table in self.tables.items()}
 
     def put(self, client: int | Sequence[int], vectors: dict[str, Tensor]) -> None:
         """Keep the vectors of a client, or of some clients stacked."""

@@ -117,7 +117,7 @@ class Shard:
 
     def batches(self, rng: Any, batch_size: int, epochs: int, steps: int | None) -> Iterator[Batch]:
         for chosen in batch_rows(self.size, batch_size, epochs, steps, rng):
-            yield Batch(self.rows[torch.from_numpy(chosen)])
+            yield Batch(self.rows[torch.from_numpy(chosen)].to(self.x.device))
 
     def steps(self, batch_size: int, epochs: int, steps: int | None) -> Any:
         """How many local steps the client makes."""
@@ -156,10 +156,17 @@ class StackedShard:
         weights = None
         if (counts < wide).any():
             weights = torch.as_tensor((np.arange(wide) < counts[:, None]) / counts[:, None], dtype=self.flat.dtype)
-        return Batch(torch.from_numpy(rows), weights, None if active.all() else torch.from_numpy(active)[:, None])
+        device = self.x.device
+        return Batch(
+            torch.from_numpy(rows).to(device),
+            None if weights is None else weights.to(device),
+            None if active.all() else torch.from_numpy(active)[:, None].to(device),
+        )
 
     def steps(self, batch_size: int, epochs: int, steps: int | None) -> Float[Tensor, "S 1"]:
-        return torch.tensor([[float(shard.steps(batch_size, epochs, steps))] for shard in self.shards], dtype=self.flat.dtype)
+        return torch.tensor(
+            [[float(shard.steps(batch_size, epochs, steps))] for shard in self.shards], dtype=self.flat.dtype, device=self.x.device
+        )
 
     def gradient(self, vector: Float[Tensor, "S d"], batch: Batch) -> Float[Tensor, "S d"]:
         """The gradients of those that still train; zeros for the others."""

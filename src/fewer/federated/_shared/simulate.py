@@ -105,6 +105,8 @@ def simulate(
             checkpoint is of another number of clients, seed or algorithm.
 
     Examples:
+        >>> import torch
+        >>> from torch import nn
         >>> from fewer.federated import FedSpeedAlgorithm, FedSpeedConfig, Independent, Shards
         >>> shards = Shards(torch.randn(40, 3), torch.arange(40) % 2, torch.arange(40).split(10))
         >>> algorithm = FedSpeedAlgorithm(FedSpeedConfig(local_epochs=1, batch_size=5))
@@ -116,7 +118,7 @@ def simulate(
     server = algorithm.initial(flat.initial(), len(shards))
     if flat.averages_buffers:
         server.vectors[BUFFERS] = flat.initial_buffers()
-    states = ClientStates(len(shards), algorithm.keeps, flat.size, flat.dtype)
+    states = ClientStates(len(shards), algorithm.keeps, flat.size, flat.dtype, device=server.x.device)
     about = {"seed": seed, "algorithm": repr(algorithm)}
     if checkpoint is not None and Path(checkpoint).exists():
         server, kept = load_checkpoint(checkpoint, len(shards), **about)

@@ -24,7 +24,7 @@ from fewer.study import Bench
 
 bench = Bench("fedspeed")
 CLIENTS, EACH = 50, 40  # small clients
-LOCAL = {"local_epochs": 1, "batch_size": 20}
+LOCAL: dict[str, Any] = {"local_epochs": 1, "batch_size": 20}
 
 Step = Callable[[], object]
 
@@ -54,7 +54,7 @@ def local_step() -> tuple[Step, Step]:
     flat = FlatModel(convnet())
     x, y = shards().x[:400], shards().y[:400]
     shard = Shards(x, y, [range(400)]).shard(0, flat)
-    local = {"local_epochs": 1, "batch_size": 50}
+    local: dict[str, Any] = {"local_epochs": 1, "batch_size": 50}
 
     def trained(algorithm: Any) -> Step:
         server = algorithm.initial(flat.initial(), 1)
