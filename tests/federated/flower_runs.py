@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from deployment import DONE, Deployment
 
-from fewer.federated.fedspeed.command import write_app
+from fewer.federated.fedspeed.command import templates, write_app
 
 SETTINGS = {"rounds": 5, "fraction_train": 0.7, "fraction_evaluate": 0.0, "seed": 22, "local_epochs": 1}
 TIMEOUT = 15.0  # seconds after which a node that does not answer is left out
@@ -24,7 +24,7 @@ class FlowerRuns:
     def __init__(self, folder: Path) -> None:
         self.folder, self.app, self.text, self.errors = folder, folder / "app", "", []
         self.ray_file, self.after_3, self.final = folder / "ray.pt", folder / "after-3.pt", folder / "final.pt"
-        write_app(self.app, overwrite=False)
+        write_app(templates()["fedspeed"], self.app, overwrite=False)
         self.threads = [threading.Thread(target=self._guarded, args=(story,)) for story in (self._deployment, self._ray)]
         for thread in self.threads:
             thread.start()

@@ -79,6 +79,7 @@ def test_fedspeed_sends_one_model_each_way_and_scaffold_two(algorithm, models):
     strategy.start(grid, initial(wide), num_rounds=1)
     parameters = FlatModel(wide()).size
     for each in strategy.traffic.transfers:
+        assert each.ideal_down == each.ideal_up == ideal_bytes(parameters, models)
         for sent in (each.down, each.up):
             assert ideal_bytes(parameters, models) <= sent <= 1.02 * ideal_bytes(parameters, models) + 1500
 
@@ -91,6 +92,14 @@ def test_a_strategy_goes_on_from_its_checkpoint(tmp_path):
     first = strategy_of(algorithm, checkpoint=file).start(grid, initial(), num_rounds=3)
     second = strategy_of(algorithm, checkpoint=file).start(grid, first.arrays, num_rounds=3)
     assert largest_difference(second.arrays, in_process(algorithm, rounds=6)) <= 1e-6
+
+
+def test_a_strategy_refuses_a_checkpoint_of_another_number_of_clients(tmp_path):
+    algorithm, file = ALGORITHMS["fedspeed, released rule"], tmp_path / "server.pt"
+    app = flower_client_app(algorithm, net, load_data, loss)
+    strategy_of(algorithm, checkpoint=file).start(DirectGrid(app, CLIENTS), initial(), num_rounds=1)
+    with pytest.raises(ValueError, match="written with 4 clients and is resumed with 5"):
+        strategy_of(algorithm, checkpoint=file, clients=5).start(DirectGrid(app, CLIENTS), initial(), num_rounds=1)
 
 
 def test_another_federation_does_not_find_a_clients_old_correction():

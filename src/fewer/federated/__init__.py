@@ -1,6 +1,6 @@
 """Training one model over many clients that keep their data: fewer rounds, fewer bytes, fewer local steps.
 
-An algorithm is three pure functions on flat parameter vectors; the in-process engine (`simulate`) and Flower (`flower_strategy`,
+An algorithm is three pure functions on flat parameter vectors; the in-process engine (`simulate`) and Flower (`FlowerStrategy`,
 `flower_client_app`) run the same functions and give the same numbers.
 
 >>> from fewer import federated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,13 +34,20 @@ def ideal_bytes(parameters: int, vectors: int = 1) -> int:
     return BYTES_A_NUMBER * parameters * vectors
 
 
+def ideal_bytes_of(record: RecordDict) -> int:
+    """4 bytes for each number in a message's arrays."""
+    return ideal_bytes(sum(math.prod(array.shape) for arrays in record.array_records.values() for array in arrays.values()))
+
+
 class Transfer(NamedTuple):
-    """One client's bytes in one round, down to it and up from it (0 where no reply came)."""
+    """One client's bytes in one round, down to it and up from it (0 where no reply came), each beside the ideal count."""
 
     round: int
     client: int
     down: int
+    ideal_down: int
     up: int = 0
+    ideal_up: int = 0
 
 
 @dataclass
@@ -54,12 +62,12 @@ class Traffic:
 
     def sent(self, round: int, client: int, record: RecordDict) -> None:
         """A message went down to a client."""
-        self.transfers.append(Transfer(round, client, record_bytes(record)))
+        self.transfers.append(Transfer(round, client, record_bytes(record), ideal_bytes_of(record)))
 
     def came(self, client: int, record: RecordDict) -> None:
         """That client's reply came up."""
         place = max(place for place, each in enumerate(self.transfers) if each.client == client)
-        self.transfers[place] = self.transfers[place]._replace(up=record_bytes(record))
+        self.transfers[place] = self.transfers[place]._replace(up=record_bytes(record), ideal_up=ideal_bytes_of(record))
 
     def total(self, rounds: Sequence[int] | None = None) -> tuple[int, int]:
         """(bytes down, bytes up), in all or in some rounds."""
