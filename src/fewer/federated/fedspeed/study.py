@@ -27,7 +27,7 @@ from fewer.federated._shared.partition import dirichlet
 from fewer.federated._shared.sampling import FixedSize, Independent
 from fewer.federated._shared.simulate import Round, simulate
 from fewer.federated.fedspeed.algorithm import FedSpeedAlgorithm, FedSpeedConfig
-from fewer.study import Choice, Curve, Estimate, Figure, Results, Scale, Study, Trial
+from fewer.study import Curve, Estimate, Figure, LogUniform, Results, Scale, Study, Trial
 from fewer.study.results import bootstrap
 
 UNLIKE, MORE_ALIKE = 0.1, 0.3  # concentrations of the Dirichlet split
@@ -190,7 +190,7 @@ def follow(task: Task, trial: Trial, make: MakeAlgorithm, concentration: float, 
 def declare(name: str, label: str, make: MakeAlgorithm, further: tuple[tuple[float, int], ...] = ()) -> None:
     """Declare an arm: where all meet, and in further settings (Dirichlet, local epochs)."""
 
-    @study.arm(name, label=label, space={"lr": Choice([0.1, 0.03, 0.3])})
+    @study.arm(name, label=label, space={"lr": LogUniform(0.02, 0.4, start=0.1)})
     def arm(task: Task, trial: Trial) -> None:
         places = [(UNLIKE, 5)] if trial.tuning else [(UNLIKE, 5), *further]
         for concentration, epochs in places:
@@ -216,6 +216,12 @@ BASELINES = ("fedavg", "fedprox", "scaffold", "feddyn", "fedsam")
 
 # What the paper claims
 
+NOISY_MEAN = (
+    "the paper's server averages the corrections of the sampled clients alone, a noisy mean where a client takes part in about 4 of 20 "
+    "rounds; the released rule, by which the authors' figures were made, averages those of all clients: the arm of that rule, else the same, "
+    "ends above FedAvg here"
+)
+
 
 def rounds_to_fedavg(results: Results, arm: str) -> Estimate:
     """Rounds until an arm reaches FedAvg's final accuracy."""
@@ -226,6 +232,7 @@ def rounds_to_fedavg(results: Results, arm: str) -> Estimate:
 @study.claim(
     "FedSpeed reaches FedAvg's final accuracy in fewer rounds than every baseline (Dirichlet 0.1, 5 local epochs)",
     paper="less communication rounds (title)",
+    if_fails=NOISY_MEAN,
 )
 def fewer_rounds(results: Results) -> Any:
     best = min(rounds_to_fedavg(results, arm).value for arm in BASELINES)
@@ -235,24 +242,27 @@ def fewer_rounds(results: Results) -> Any:
 @study.claim(
     "FedSpeed ends more accurate than FedAvg where clients are least alike (Dirichlet 0.1)",
     paper="82.26 against 77.31 % (CIFAR-10, 10 % of 100 clients, 1000 rounds)",
+    if_fails=NOISY_MEAN,
 )
 def more_accurate(results: Results) -> Any:
     return results.difference("final_accuracy", "fedspeed", "fedavg", **MOST) > 0
 
 
 @study.claim(
-    "The gap to FedAvg grows with the local epochs (5 against 1)",
+    "The gap to FedAvg grows with the local epochs (5 against 1), and is one in FedSpeed's favour",
     paper="larger local interval (title)",
+    if_fails="with 5 local epochs FedSpeed is less far behind FedAvg than with 1, but behind: " + NOISY_MEAN,
 )
 def longer_interval(results: Results) -> Any:
     curves = [results.values("final_accuracy", arm, dirichlet=UNLIKE, epochs=epochs) for epochs in (5, 1) for arm in ("fedspeed", "fedavg")]
     growth = bootstrap(lambda a, b, c, d: (a - b) - (c - d), *curves, what="gap to FedAvg, 5 local epochs minus 1")
-    return growth > 0
+    return (growth > 0) & (results.difference("final_accuracy", "fedspeed", "fedavg", **MOST) > 0)
 
 
 @study.claim(
     "Both parts help: without the ascent step, or without the correction, FedSpeed ends less accurate",
     paper="both are needed (no figure here)",
+    if_fails="the ascent step slows the few rounds down (FedSAM is behind FedAvg as well), and " + NOISY_MEAN,
 )
 def both_parts_help(results: Results) -> Any:
     return (results.difference("final_accuracy", "fedspeed", "fedspeed-no-ascent", **MOST) > 0) & (
