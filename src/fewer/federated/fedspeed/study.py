@@ -218,7 +218,7 @@ BASELINES = ("fedavg", "fedprox", "scaffold", "feddyn", "fedsam")
 
 NOISY_MEAN = (
     "the paper's server averages the corrections of the sampled clients alone, a noisy mean where a client takes part in about 4 of 20 "
-    "rounds; the released rule, by which the authors' figures were made, averages those of all clients: the arm of that rule, else the same, "
+    "rounds; the released rule, that of the authors' simulator, averages those of all clients: the arm of that rule, else the same, "
     "ends above FedAvg here"
 )
 
