@@ -276,12 +276,12 @@ def summary(results: Results) -> str:
         return f"{100 * results.mean('final_accuracy', arm, **MOST).value:.1f} %"
 
     needed = rounds_to_fedavg(results, "fedspeed").value
-    reached = f"in {needed:.0f} rounds" if math.isfinite(needed) else "never"
-    rounds = SIZES[Scale.QUICK].rounds
+    what = f"what FedAvg had after {SIZES[Scale.QUICK].rounds} rounds"
+    reached = f"reached {what} in {needed:.0f}" if math.isfinite(needed) else f"did not reach {what}"
     return (
         f"On this machine, with 50 clients as unlike as Dirichlet 0.1 makes them and 5 local epochs, FedSpeed ended at {percent('fedspeed')} "
         f"and FedAvg at {percent('fedavg')} (FedProx {percent('fedprox')}, SCAFFOLD {percent('scaffold')}, FedDyn {percent('feddyn')}, FedSAM "
-        f"{percent('fedsam')}); FedSpeed reached what FedAvg had after {rounds} rounds {reached}. Without the ascent step it ended at "
+        f"{percent('fedsam')}); FedSpeed {reached}. Without the ascent step it ended at "
         f"{percent('fedspeed-no-ascent')}, without the correction at {percent('fedspeed-no-correction')}, by the released server rule at {percent('fedspeed-released')}. It computes "
         f"{results.ratio('gradients', 'fedspeed', 'fedavg', **MOST).value:.1f}x the gradients of FedAvg."
     )
