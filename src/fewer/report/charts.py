@@ -27,6 +27,7 @@ INK = "#123456"  # stands for the page's own text colour
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#AA4499", "#8C6BB1", "#7F7F7F")
 WIDTH, ROW, FONT = 270, 28, 14
 LABELS = 170  # pixels for an arm's name
+SLACK = 24  # more, as a browser's letters may be wider than those that the chart was laid out with
 WIDEST_FULL_TICKS = 100  # a logarithmic axis up to this ratio shows 1, 2 and 5 of each decade
 TITLE_WIDTH = 52  # characters of a panel's title
 FEW_TICKS = 9
@@ -347,7 +348,10 @@ def _arm_axis(arms: list[str]) -> Any:
     import altair as alt
 
     return alt.Y(
-        "arm:N", sort=arms, title=None, axis=alt.Axis(labelLimit=LABELS, ticks=False, domain=False, minExtent=LABELS, labelPadding=8)
+        "arm:N",
+        sort=arms,
+        title=None,
+        axis=alt.Axis(labelLimit=LABELS, ticks=False, domain=False, minExtent=LABELS + SLACK, labelPadding=8),
     )
 
 

@@ -262,7 +262,7 @@ def races_table(races: Sequence[RaceOutcome]) -> Table:
     for column in ("race", "peer", "ratio", "10-90 %", "asked for", "ours", "peer's"):
         table.add_column(column, overflow="fold")
     for race in races:
-        asked = "-" if race.reach is None else f"≤ {race.reach:g}: {'reached' if race.reached else 'not reached'}"
+        asked = "-" if race.reach is None else f"≤ {race.reach:.3g}: {'reached' if race.reached else 'not reached'}"
         if race.left_out:
             asked = f"left out: {race.left_out}"
         spread = f"{show(race.low)} to {show(race.high)}" if race.kind == "time" else "-"

@@ -52,7 +52,7 @@ study = Study(
         Figure("training_loss", "training loss (nats)", detail=True, at={"step": 19}),
     ],
     charts=[
-        Curve("accuracy", over="lr", x="forgetting_at", title="Sums right over what is forgotten, one point a learning rate"),
+        Tradeoff("accuracy", "forgetting", title="Sums right against what is forgotten"),
         Tradeoff("accuracy", "saved_activations", title="Sums right against what is kept for the backward pass"),
         Curve("training_loss", over="step", title="Training loss"),
     ],
