@@ -36,13 +36,13 @@ def prune(
     """
     import torch
 
+    from fewer.data.made_whole import check_new
     from fewer.language.cfsp import calibrate, recover, save_pruned
     from fewer.language.cfsp import prune as prune_model
-    from fewer.language.cfsp.model_files import check_writable
 
     if export not in ("list", "padded", "uniform"):
         raise ValueError(f"--export {export}; expected list, padded or uniform")
-    check_writable(out_dir, overwrite=overwrite)
+    check_new(out_dir, overwrite)
     model, tokenizer = load_directory(model_dir)
     tokens = read_tokens(tokenizer, text, window)
     draw = torch.Generator().manual_seed(seed)

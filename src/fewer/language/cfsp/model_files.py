@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fewer.data.made_whole import made_whole
 from fewer.language.cfsp import modeling_fewer
 from fewer.language.cfsp.gated_mlp import decoder_layers, parts_of, width_of
 
@@ -38,26 +38,11 @@ def save_pruned(model: nn.Module, out_dir: Path | str, tokenizer: Any = None, *,
         ValueError: the model's family is not known, or it has been saved in this form already.
     """
     out = Path(out_dir)
-    check_writable(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        part.chmod(0o755)
+    with made_whole(out, overwrite) as part:
         _write(model, part, export)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
-
-
-def check_writable(out: Path, *, overwrite: bool) -> None:
-    """FileExistsError where something stands in the directory that may not be replaced."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise FileExistsError(f"{out} is not empty; expected a new directory: choose another, or overwrite (--overwrite)")
 
 
 def _write(model: nn.Module, folder: Path, export: Export) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,28 +195,6 @@ def write_whole(file: Path, write: Any) -> None:
         part.rename(file)
     finally:
         part.unlink(missing_ok=True)
-
-
-def check_new(directory: Path, overwrite: bool) -> None:
-    """FileExistsError where something stands in the directory that may not be replaced."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
-        raise FileExistsError(f"{directory} is not empty; expected a new directory: choose another, or overwrite (--overwrite)")
-
-
-@contextlib.contextmanager
-def made_whole(directory: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes the directory's place when the block ends well, and is gone otherwise."""
-    check_new(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        part.chmod(0o755)
-        yield part
-        if directory.exists():
-            shutil.rmtree(directory)
-        part.rename(directory)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def names_of(adapters: Iterable[str]) -> str:

@@ -41,8 +41,8 @@ def train(
 
     Example: fewer s2ft train model adapter --text notes.txt --steps 200
     """
+    from fewer.data.made_whole import check_new, made_whole
     from fewer.language.s2ft import S2FTConfig, get_s2ft_model
-    from fewer.language.s2ft.adapters import check_new, made_whole
     from fewer.language.s2ft.questions import answer_loss
     from fewer.language.s2ft.training import fit
 
@@ -73,8 +73,9 @@ def merge(model_dir: MODEL, adapter: ADAPTER, out: OUT, overwrite: OVERWRITE = F
 
     Example: fewer s2ft merge model adapter merged
     """
+    from fewer.data.made_whole import check_new, made_whole
     from fewer.language.s2ft import S2FTModel
-    from fewer.language.s2ft.adapters import Adapter, check_new, made_whole
+    from fewer.language.s2ft.adapters import Adapter
 
     check_new(out, overwrite)
     base = Adapter.load(adapter).base

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewer.data.made_whole import check_new, made_whole
 from fewer.errors import require
-from fewer.language.s2ft.adapters import WEIGHTS_FILE, Adapter, Slice, check_new, made_whole
+from fewer.language.s2ft.adapters import WEIGHTS_FILE, Adapter, Slice
 from fewer.language.s2ft.model import S2FTModel
 
 CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's maps, whose weights are stored as [in, out]
