@@ -24,7 +24,7 @@ def test_a_whole_card_is_read(tmp_path):
     assert card.slug == "guessing"
     assert card.results[0].value == 0.8
     assert card.record is None
-    assert card.verdicts == {"holds": 0, "fails": 0, "not testable here": 0}
+    assert card.verdicts == {"holds": 0, "fails": 0, "undecided": 0, "not testable here": 0}
 
 
 @pytest.mark.parametrize(

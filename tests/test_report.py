@@ -13,7 +13,7 @@ from rich.console import Console
 
 from conftest import ROOT
 from fewer import papers
-from fewer.report.quantities import show, show_change
+from fewer.quantities import show, show_change
 from fewer.report.readme import methods_table
 from fewer.report.terminal import CardsTable, card_view, races_table, run_view, sparkline
 from fewer.study import LocalEngine, RaceOutcome, Store, make_record, plan, run

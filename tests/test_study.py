@@ -36,8 +36,9 @@ from fewer.study import (
 from fewer.study.results import Row, bootstrap
 from fewer.study.runner import Observer, choose_device
 from fewer.study.settings import choose_settings
-from fewer.study.trial import TrialSpec, run_trial
+from fewer.study.trial import FigureEvent, Trial, TrialSpec, run_trial
 from fewer.study.tuning import tune_arm
+from fewer.study.verdicts import UNDECIDED
 
 MODULE = "guessing.study"
 
@@ -299,6 +300,102 @@ def test_a_failing_claim_keeps_failing_and_shows_ours_beside_the_bound():
     verdict = judge(study, results_of(1.0, 3.0))[0]
     assert (verdict.verdict, verdict.paper, verdict.reason) == ("fails", "0.5", "too little data")
     assert [(measured.value, measured.bound) for measured in verdict.ours] == [(2.0, 0.5), (2.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [((0.1, 0.2, 0.3), "holds"), ((0.6, 0.7, 0.8), "fails"), ((0.1, 0.2, 0.9), "undecided"), ((0.4, 0.9, 0.9), "undecided")],
+)
+def test_a_verdict_rests_on_the_interval_over_seeds_and_not_on_the_point(values, verdict):
+    study = Study("s", question="?")
+    study.claim("small", if_fails="too large")(lambda results: results.mean("error", "a") <= 0.5)
+    study.claim("and", if_fails="too large")(lambda results: (results.mean("error", "a") <= 0.5) & (results.mean("error", "a") >= 0))
+    study.claim("python's and")(lambda results: (results.mean("error", "a") >= 0) and results.mean("error", "a") <= 0.5)
+    for judged in judge(study, results_of(*values)):
+        assert judged.verdict == verdict
+    assert judge(study, results_of(*values))[0].reason == {"holds": "", "fails": "too large"}.get(verdict, UNDECIDED)
+
+
+def test_one_part_that_fails_is_enough_and_one_undecided_leaves_it_open():
+    mean = results_of(0.1, 0.9).mean("error", "a")
+    assert ((mean < 0.5) & (mean > 2)).outcome == "fails"
+    assert ((mean < 0.5) & (mean > 0)).outcome == "undecided"
+    assert mean.between(0, 1).outcome == "holds"
+    assert mean.between(0, 0.5).outcome == "undecided"
+
+
+def test_some_seeds_that_never_get_there_leave_it_undecided():
+    rows = [Row("a", seed, "error", {"n": n}, 1.0 if seed and n == 2 else 9.0) for seed in (0, 1, 2) for n in (1, 2)]
+    reached = Results(rows, ["a"]).threshold("error", "a", over="n", reach=1.0, better="lower")
+    assert (reached.low, reached.high) == (2.0, math.inf)
+    assert (reached <= 2).outcome == "undecided"
+
+
+def test_no_worse_best_spread_and_words():
+    rows = [Row(arm, seed, "accuracy", {}, value + 0.01 * seed) for arm, value in (("a", 0.80), ("b", 0.85)) for seed in (0, 1)]
+    results = Results(rows, ["a", "b"], units={"accuracy": "%"})
+    assert results.no_worse("accuracy", "a", "b", by=0.06).outcome == "holds"
+    assert results.no_worse("accuracy", "a", "b", by=0.04).outcome == "fails"
+    assert results.no_worse("accuracy", "b", "a", by=0.04, better="lower").outcome == "fails"
+    assert (results.best("accuracy"), results.best("accuracy", better="lower")) == ("b", "a")
+    assert results.spread("accuracy", "a") == pytest.approx(0.01)
+    assert (results.say("accuracy", "a"), results.say("accuracy", "a", beside="b")) == ("80.5 %", "0.94x")
+
+
+def test_a_table_declares_arms_and_hands_the_rest_to_its_function():
+    study, seen = Study("s", question="?", baseline="x"), []
+    study.arm_table(
+        lambda task, trial, power: seen.append((task, power)), {"x": {"power": 1}, "y": {"power": 2, "label": "Y"}}, settings={"lr": 1}
+    )
+    for arm in study.arms.values():
+        arm.run("task", None)
+    assert seen == [("task", 1), ("task", 2)]
+    assert [(arm.label, arm.against, arm.settings) for arm in study.arms.values()] == [("x", None, {"lr": 1}), ("Y", "x", {"lr": 1})]
+
+
+def test_a_trial_follows_a_value_and_counts_tensors():
+    import torch
+
+    events = []
+    trial = Trial(TrialSpec(MODULE, "s", "a", 0, Scale.QUICK, {}), events.append)
+    tell = trial.follow("loss", total=2, depth=3)
+    tell(0.5)
+    tell(0.25)
+    with trial.tensors("peak_memory"):
+        torch.ones(100)
+    said = [(event.name, event.value, event.coordinates) for event in events if isinstance(event, FigureEvent)]
+    assert said[:2] == [("loss", 0.5, {"epoch": 1, "depth": 3}), ("loss", 0.25, {"epoch": 2, "depth": 3})]
+    assert ("peak_memory", 400.0, {}) in said
+
+
+@pytest.mark.parametrize(
+    ("default", "text", "words"),
+    [
+        (True, "maybe", "expected one of yes, true, 1, no, false, 0"),
+        (True, "", "expected one of yes"),
+        (0.1, "nan", "expected a finite number"),
+        (0.1, "inf", "expected a finite number"),
+        (3, "3.5", "expected int"),
+        (3, "0", "expected at least 1"),
+        (3, "99", "expected at most 9"),
+    ],
+)
+def test_an_option_takes_what_its_default_and_limits_say(default, text, words):
+    study = Study("s", question="?")
+    study.option(
+        "it",
+        default,
+        least=None if isinstance(default, bool) else 1e-9 if isinstance(default, float) else 1,
+        most=9 if default == 3 else None,
+    )
+    with pytest.raises(UserError, match=f"--set it={text}: {words}"):
+        study.choose_options({"it": text})
+
+
+def test_booleans_are_said_in_six_ways():
+    study = Study("s", question="?")
+    study.option("it", False)
+    assert [study.choose_options({"it": text})["it"] for text in ("yes", "TRUE", "1", "no", "False", "0")] == [True] * 3 + [False] * 3
 
 
 def test_spaces_start_where_they_say():

@@ -91,8 +91,8 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @property
     def verdicts(self) -> dict[str, int]:
-        """How many claims of the last record hold, fail, and are not testable here."""
-        counts = {"holds": 0, "fails": 0, "not testable here": 0}
+        """How many claims of the last record hold, fail, are undecided, and are not testable here."""
+        counts = {"holds": 0, "fails": 0, "undecided": 0, "not testable here": 0}
         for claim in self.record["claims"] if self.record else []:
             counts[claim["verdict"]] += 1
         return counts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewer.report.quantities import show, show_change
+from fewer.quantities import show, show_change
 from fewer.report.terminal import seed_values
 from fewer.study.figures import Bars, Chart, Curve, Difference, Figure, Tradeoff
 from fewer.study.recording import Record

@@ -11,12 +11,12 @@ from typing import Any
 import fewer
 from fewer.errors import UserError
 from fewer.papers import Card
+from fewer.quantities import show
 from fewer.report import charts, terminal
-from fewer.report.quantities import show
 from fewer.study.recording import Record
 
 MARKER = ".fewer-report"  # stands in a folder that a report may overwrite
-SYMBOLS = {"holds": ("✓", "holds"), "fails": ("✗", "fails"), "not testable here": ("?", "untestable")}
+SYMBOLS = {"holds": ("✓", "holds"), "fails": ("✗", "fails"), "undecided": ("~", "undecided"), "not testable here": ("?", "untestable")}
 
 
 def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fewer.report.quantities import show
+from fewer.quantities import show
 from fewer.study.runner import Observer, Plan
 from fewer.study.trial import FinishedEvent, ProgressEvent, TrialSpec
 

@@ -14,7 +14,8 @@ def methods_table(cards: Sequence[Card]) -> str:
     lines = ["| method | area | what it does for you | replaces | claims here |", "|---|---|---|---|---|"]
     for card in cards:
         verdicts = card.verdicts
-        counts = ", ".join(f"{count} {word}" for word, count in (("hold", verdicts["holds"]), ("fail", verdicts["fails"])) if count)
+        words = {"holds": "hold", "fails": "fail", "undecided": "undecided"}
+        counts = ", ".join(f"{verdicts[verdict]} {word}" for verdict, word in words.items() if verdicts[verdict])
         lines.append(f"| `{card.slug}` | {card.area} | {card.summary} | {card.replaces} | {counts or 'not recorded yet'} |")
     return "\n".join(lines)
 

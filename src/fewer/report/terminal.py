@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fewer.doctor import Finding
 from fewer.papers import Card
-from fewer.report.quantities import show
+from fewer.quantities import show
 from fewer.study.figures import Curve, Figure
 from fewer.study.races import RaceOutcome
 from fewer.study.recording import Record
@@ -26,7 +26,12 @@ from fewer.study.settings import RecordedTuning
 from fewer.study.verdicts import Verdict
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-MARKS = {"holds": ("✓ holds", "green"), "fails": ("✗ fails", "red"), "not testable here": ("? not testable here", "yellow")}
+MARKS = {
+    "holds": ("✓ holds", "green"),
+    "fails": ("✗ fails", "red"),
+    "undecided": ("~ undecided", "yellow"),
+    "not testable here": ("? not testable here", "yellow"),
+}
 SPARK_WIDTH = 24
 WIDE = 120  # characters of a terminal that has room for everything
 ARM_WIDTH, FIGURE_WIDTH = 28, 18  # characters that a results table gives its arms and each of its figures
@@ -63,7 +68,12 @@ class CardsTable:
 def verdict_counts(card: Card) -> str:
     """ "3 hold, 2 fail, 1 not testable"."""
     counts = card.verdicts
-    words = [(counts["holds"], "hold"), (counts["fails"], "fail"), (counts["not testable here"], "not testable")]
+    words = [
+        (counts["holds"], "hold"),
+        (counts["fails"], "fail"),
+        (counts["undecided"], "undecided"),
+        (counts["not testable here"], "not testable"),
+    ]
     return ", ".join(f"{count} {word}" for count, word in words if count) or "not recorded yet"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +15,8 @@ from fewer.errors import UserError
 from fewer.papers import did_you_mean
 from fewer.study.figures import Chart, Figure
 from fewer.study.spaces import Space
+
+YES, NO = ("yes", "true", "1"), ("no", "false", "0")
 
 
 class Scale(StrEnum):
@@ -29,13 +34,24 @@ class Option:
     default: Any
     choices: Sequence[Any] | None
     help: str
+    least: float | None = None
+    most: float | None = None
 
     def parse(self, text: str) -> Any:
         """The value that `text` means, in the default's type; UserError where it means none."""
+        if isinstance(self.default, bool):
+            if text.lower() not in YES + NO:
+                raise UserError(f"--set {self.name}={text}: expected one of {', '.join(YES + NO)}")
+            return text.lower() in YES
         try:
-            value = text.lower() in ("1", "true", "yes") if isinstance(self.default, bool) else type(self.default)(text)
+            value = type(self.default)(text)
         except ValueError:
             raise UserError(f"--set {self.name}={text}: expected {type(self.default).__name__}, such as {self.default}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--set {self.name}={text}: expected a finite number, such as {self.default}")
+        for bound, outside, word in ((self.least, operator.lt, "least"), (self.most, operator.gt, "most")):
+            if bound is not None and outside(value, bound):
+                raise UserError(f"--set {self.name}={text}: expected at {word} {bound:g}, such as {self.default}")
         if self.choices and value not in self.choices:
             raise UserError(
                 f"--set {self.name}={text}: expected one of {', '.join(map(str, self.choices))}{did_you_mean(text, self.choices)}"
@@ -119,9 +135,24 @@ class Study:
     _task: Callable[..., Any] | None = field(default=None, init=False)
     _summary: Callable[..., str] | None = field(default=None, init=False)
 
-    def option(self, name: str, default: Any, choices: Sequence[Any] | None = None, help: str = "") -> None:
-        """Declare what `--set name=value` may set; the task function gets it if it has a parameter of that name."""
-        self.options[name] = Option(name, default, choices, help)
+    def option(
+        self,
+        name: str,
+        default: Any,
+        choices: Sequence[Any] | None = None,
+        help: str = "",
+        *,
+        least: float | None = None,
+        most: float | None = None,
+    ) -> None:
+        """Declare what `--set name=value` may set; the task function gets it if it has a parameter of that name.
+
+        Args:
+            default: its type is the option's: a boolean takes yes, no, true, false, 1 or 0.
+            choices: all that will do.
+            least, most: limits of a number.
+        """
+        self.options[name] = Option(name, default, choices, help, least, most)
 
     def task(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Declare what all arms work on: `function(scale, **options)`.
@@ -161,6 +192,18 @@ class Study:
             return function
 
         return declare
+
+    def arm_table(self, run: Callable[..., None], table: Mapping[str, Mapping[str, Any]], **shared: Any) -> None:
+        """Declare many arms that one function runs, a row an arm: `run(task, trial, **rest)`.
+
+        Args:
+            table: name -> what the arm is: `label`, `against`, `settings`, `at_full` and `space` as `arm` takes them; the rest goes to `run`.
+            shared: what all rows say alike; a row's own word comes first.
+        """
+        for name, row in table.items():
+            said = shared | dict(row)
+            declared = {word: said.pop(word) for word in ("against", "settings", "at_full", "space", "label") if word in said}
+            self.arm(name, **declared)(functools.partial(run, **said))
 
     def claim(self, text: str, *, paper: str = "", if_fails: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Declare a claim: `function(results)` returns a comparison of figures (or raises NotTestable)."""

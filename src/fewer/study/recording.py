@@ -61,7 +61,7 @@ class Record(msgspec.Struct, frozen=True):
             for coordinates, values in points
             for seed, value in enumerate(values)
         ]
-        return Results(rows, list(self.arms))
+        return Results(rows, list(self.arms), units={figure.name: figure.unit for figure in self.shown})
 
 
 def clean_commit(folder: Path) -> str:

@@ -13,9 +13,11 @@ import numpy as np
 
 from fewer.errors import UserError
 from fewer.papers import did_you_mean
+from fewer.quantities import show
 
 Coordinates = tuple[tuple[str, Any], ...]
 OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+Outcome = Literal["holds", "fails", "undecided"]
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
@@ -41,8 +43,14 @@ class Comparison:
     op: Literal[">=", "<=", ">", "<"]
     bound: float
 
+    @property
+    def outcome(self) -> Outcome:
+        """What the interval over seeds says, not the point: the whole of it meets the bound, none of it does, or it reaches both sides."""
+        met = {OPERATORS[self.op](end, self.bound) for end in (self.estimate.low, self.estimate.value, self.estimate.high)}
+        return "undecided" if len(met) == 2 else "holds" if met == {True} else "fails"
+
     def __bool__(self) -> bool:
-        return OPERATORS[self.op](self.estimate.value, self.bound)
+        return self.outcome == "holds"
 
     def __and__(self, other: Comparison | All) -> All:
         return All((self,)) & other
@@ -54,8 +62,14 @@ class All:
 
     parts: tuple[Comparison, ...]
 
+    @property
+    def outcome(self) -> Outcome:
+        """The worst of the parts': one that fails is enough to fail."""
+        outcomes = {part.outcome for part in self.parts}
+        return next(each for each in ("fails", "undecided", "holds") if each in outcomes)
+
     def __bool__(self) -> bool:
-        return all(self.parts)
+        return self.outcome == "holds"
 
     def __and__(self, other: Comparison | All) -> All:
         return All(self.parts + (other.parts if isinstance(other, All) else (other,)))
@@ -83,6 +97,10 @@ class Estimate:
     def __lt__(self, bound: float) -> Comparison:
         return Comparison(self, "<", float(bound))
 
+    def between(self, low: float, high: float) -> All:
+        """Both bounds, each as a comparison of its own."""
+        return All((self >= low, self <= high))
+
     def __float__(self) -> float:
         return self.value
 
@@ -101,7 +119,12 @@ def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray, what: str = "
         resampled = np.asarray(statistic(*(sample[draws].mean(axis=1) for sample in samples)), dtype=float)
         per_seed = np.asarray(statistic(*samples), dtype=float)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail]) if np.isfinite(resampled).all() else (value, value)
+    if np.isfinite(resampled).all():
+        low, high = np.quantile(resampled, [tail, 1 - tail])
+    elif not np.isnan(resampled).any():  # some seeds never got there: the interval reaches from those that did to infinity
+        low, high = np.quantile(resampled, tail, method="lower"), np.quantile(resampled, 1 - tail, method="higher")
+    else:
+        low, high = (value, value)
     return Estimate(value, float(low), float(high), per_seed, what)
 
 
@@ -112,12 +135,20 @@ class Results:
         rows: the figures of the finished trials.
         arms: every arm that the study declares.
         unfinished: arm -> why figures of it are missing ("was not run", "seed 1 timed out", ...).
+        units: figure -> the unit that `say` tells it in.
     """
 
-    def __init__(self, rows: Iterable[Row], arms: Sequence[str], unfinished: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        arms: Sequence[str],
+        unfinished: dict[str, str] | None = None,
+        units: Mapping[str, str] | None = None,
+    ) -> None:
         self.rows = list(rows)
         self.arms = list(arms)
         self.unfinished = dict(unfinished or {})
+        self.units = dict(units or {})
         self._values: dict[tuple[str, str], dict[Coordinates, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         for row in self.rows:
             self._values[row.figure, row.arm][coordinates_key(row.coordinates)][row.seed] = row.value
@@ -180,6 +211,30 @@ class Results:
     def difference(self, figure: str, arm: str, other: str, **coordinates: Any) -> Estimate:
         """The mean of `arm` minus the mean of `other`, paired by seed."""
         return bootstrap(lambda a, b: a - b, *self._paired(figure, arm, other, coordinates), what=f"{figure}, {arm} - {other}")
+
+    def no_worse(
+        self, figure: str, arm: str, other: str, by: float, *, better: Literal["higher", "lower"] = "higher", **coordinates: Any
+    ) -> Comparison:
+        """Whether `arm` is at most `by` worse than `other`: a stated number, never a spread of the arms' own."""
+        difference = self.difference(figure, arm, other, **coordinates)
+        return difference >= -by if better == "higher" else difference <= by
+
+    def best(self, figure: str, arms: Sequence[str] = (), *, better: Literal["higher", "lower"] = "higher", **coordinates: Any) -> str:
+        """The arm of the best mean, of those named or of all that log the figure."""
+        pick = max if better == "higher" else min
+        return pick(
+            arms or [arm for arm in self.arms if self.has(figure, arm)], key=lambda arm: self.mean(figure, arm, **coordinates).value
+        )
+
+    def spread(self, figure: str, arm: str, **coordinates: Any) -> float:
+        """The range of the values over seeds."""
+        return float(np.ptp(self.values(figure, arm, **coordinates)))
+
+    def say(self, figure: str, arm: str, beside: str = "", unit: str | None = None, **coordinates: Any) -> str:
+        """A figure's mean in words and its unit ("85.3 %"); `beside` another arm, its multiple of that one's ("0.77x")."""
+        if beside:
+            return f"{self.ratio(figure, arm, beside, **coordinates).value:.2g}x"
+        return show(self.mean(figure, arm, **coordinates).value, self.units.get(figure, "") if unit is None else unit)
 
     def points(self, figure: str, arm: str, over: str, at: Mapping[str, Any]) -> dict[Coordinates, dict[int, float]]:
         """Those coordinates of a curve that have `over` and agree with `at`, sorted by `over`, with the value of each seed."""

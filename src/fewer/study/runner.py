@@ -207,7 +207,8 @@ def gather(plan: Plan, store: Store, failed: Mapping[str, str] | None = None) ->
         else:
             why = (failed or {}).get(f"{spec.arm}, seed {spec.seed}", "has not run yet")
             unfinished[spec.arm] = f"seed {spec.seed}: {why.splitlines()[-1] if why else why}"
-    results = Results(store.rows(plan.specs), list(plan.study.arms), unfinished)
+    units = {figure.name: figure.unit for figure in plan.study.figures}
+    results = Results(store.rows(plan.specs), list(plan.study.arms), unfinished, units)
     environments = [trial.environment for trial in have.values()]
     now = environment()
     stale = sum(kept.get("commit") != now["commit"] for kept in environments)

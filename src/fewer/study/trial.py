@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import random
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -138,6 +139,39 @@ class Trial:
     def objective(self, value: float) -> None:
         """Say what the settings are judged by, from validation data; higher is better."""
         self._emit(ObjectiveEvent(_number(value)))
+
+    def follow(self, figure: str, *, total: float = 0, text: str = "", over: str = "epoch", **coordinates: Any) -> Callable[[float], None]:
+        """A function to call with a value an epoch (a step, a round): each is logged over its number, and progress is told.
+
+        Args:
+            total: how many there will be at most; 0 tells no progress.
+            text: what the progress says beside the value.
+        """
+        numbers = itertools.count(1)
+
+        def tell(value: float) -> None:
+            number = next(numbers)
+            self.log(figure, value, **{over: number}, **coordinates)
+            if total:
+                self.progress(number, total, f"{text or figure}: {value:.4g}")
+
+        return tell
+
+    @contextlib.contextmanager
+    def tensors(self, figure: str, *tracked: Any, beside: Sequence[str] = (), **coordinates: Any) -> Iterator[Any]:
+        """Log the peak of the block's tensors in bytes as `figure`, and its parts: `FIGURE.parameters`, `.gradients`, `.optimizer_state`, ...
+
+        Args:
+            tracked: modules and optimizers whose tensors are told apart.
+            beside: kinds of `meters.memory_for` that are not counted in the peak.
+        """
+        from fewer import meters
+
+        with meters.tensor_memory(*tracked, beside=beside) as memory:
+            yield memory
+        self.log(figure, memory.total, **coordinates)
+        for kind, size in (memory.bytes | memory.beside).items():
+            self.log(f"{figure}.{kind}", size, **coordinates)
 
     @contextlib.contextmanager
     def measure(self, name: str, **coordinates: Any) -> Iterator[Any]:

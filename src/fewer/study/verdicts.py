@@ -11,6 +11,8 @@ from fewer.errors import UserError
 from fewer.study.declaration import Claim, Study
 from fewer.study.results import All, Comparison, NotTestable, Results
 
+UNDECIDED = "the interval over seeds reaches both sides of the bound; more seeds (--seeds) narrow it"
+
 
 class Measured(msgspec.Struct, frozen=True):
     """Our figure in a claim, with its spread over seeds and the bound that it was held against.
@@ -35,9 +37,9 @@ class Verdict(msgspec.Struct, frozen=True):
 
     text: str
     paper: str
-    verdict: Literal["holds", "fails", "not testable here"]
+    verdict: Literal["holds", "fails", "undecided", "not testable here"]
     ours: tuple[Measured, ...] = ()
-    reason: str = ""  # why it fails or cannot be tested
+    reason: str = ""  # why it does not hold, or cannot be tested
 
 
 def judge(study: Study, results: Results) -> list[Verdict]:
@@ -54,7 +56,9 @@ def _judge_one(claim: Claim, results: Results) -> Verdict:
         raise UserError(f"claim {claim.text!r}: {error}; mend the study") from error
     comparisons = outcome.parts if isinstance(outcome, All) else (outcome,) if isinstance(outcome, Comparison) else ()
     ours = tuple(_measured(comparison) for comparison in comparisons)
-    return Verdict(claim.text, claim.paper, "holds" if outcome else "fails", ours, "" if outcome else claim.if_fails)
+    verdict = outcome.outcome if isinstance(outcome, Comparison | All) else "holds" if outcome else "fails"
+    reason = {"holds": "", "fails": claim.if_fails, "undecided": UNDECIDED}[verdict]
+    return Verdict(claim.text, claim.paper, verdict, ours, reason)
 
 
 def _measured(comparison: Comparison) -> Measured:
