@@ -1,21 +1,14 @@
 from . import smart_composites
+from ._shared import LQR, PID, Trajectory, mass_spring_damper, simulate, tendon_finger, tune_lqr, tune_pid, van_der_pol
 from .smart_composites import (
-    LQR,
-    PID,
     CompiledController,
     CompiledNetwork,
     ForwardKinematics,
     PredictiveController,
-    Trajectory,
     UnsupportedLayer,
+    compile_controller,
     compile_to_c,
     excitation,
-    mass_spring_damper,
-    simulate,
-    tendon_finger,
-    tune_lqr,
-    tune_pid,
-    van_der_pol,
 )
 
 __all__ = [
@@ -27,6 +20,7 @@ __all__ = [
     "PredictiveController",
     "Trajectory",
     "UnsupportedLayer",
+    "compile_controller",
     "compile_to_c",
     "excitation",
     "mass_spring_damper",

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fewer.control.smart_composites.comparison import CASES, emlearn_c, onnx_session
-from fewer.control.smart_composites.compiler import CompiledNetwork, compile_to_c
-from fewer.control.smart_composites.toolchain import measure_sizes
+from fewer.control._shared.toolchain import measure_sizes
+from fewer.control.smart_composites.peers import emlearn_c, onnx_session
+from fewer.control.smart_composites.problems import CASES
+from fewer.control.smart_composites.to_c.compiler import CompiledNetwork, compile_to_c
 from fewer.study import Bench
 
 bench = Bench("smart-composites")

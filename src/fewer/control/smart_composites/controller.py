@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
 from torch import nn
 
-from fewer.control.smart_composites.compiler import network_of
-from fewer.control.smart_composites.network import Network
+from fewer.control.smart_composites.newton import HALVINGS, SLACK, TO_THE_BOUND, box_terms, newton_step
 from fewer.control.smart_composites.smooth_mlp import SmoothMLP
-
-TO_THE_BOUND = 0.99  # of the way to a bound that a step may go (not in the paper)
-FIRST_DAMPING = 1e-6  # mu, times 10 until H + mu I is positive definite (not in the paper)
-HALVINGS = 8  # of a step that would raise J (not in the paper)
-SLACK = 1e-6  # by which J may seem to rise by rounding, relative
-
-
-def box_terms(u: np.ndarray, lower: np.ndarray, upper: np.ndarray, sharpness: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """The soft box s/(u + r/2 - b) + s/(r/2 + b - u) - 4 s/r summed, with its first and second derivative for each u.
-
-    lower = b - r/2 and upper = b + r/2; the constant makes it zero in the middle.
-    """
-    below, above = u - lower, upper - u
-    value = float(np.sum(sharpness / below + sharpness / above - 4 * sharpness / (upper - lower)))
-    return value, sharpness * (1 / above**2 - 1 / below**2), 2 * sharpness * (1 / below**3 + 1 / above**3)
+from fewer.control.smart_composites.to_c.compiler import network_of
+from fewer.control.smart_composites.to_c.network import Network
 
 
 class PredictiveController:
@@ -55,7 +39,7 @@ class PredictiveController:
         gauss_newton: leave out second derivatives of the model; H is then positive definite by itself.
 
     Attributes:
-        held: samples on which y was not finite and the last input was held.
+        held: samples on which y or the reference was not finite and the last input was held.
         iterations: Newton-Raphson steps of the last sample.
 
     Raises:
@@ -133,14 +117,18 @@ class PredictiveController:
                 places[j, delay, min(j - delay, self.nu - 1)] = 1
         return places
 
+    @property
+    def rest(self) -> np.ndarray:
+        """The input before the first sample: zero, or the middle of its bounds where zero is not inside them."""
+        if self.lower is None or self.upper is None:
+            return np.zeros(self.m)
+        return np.where((self.lower < 0) & (self.upper > 0), 0.0, (self.lower + self.upper) / 2)
+
     def reset(self) -> None:
-        """Forget the past: the last input is zero, or the middle of its bounds where zero is not inside them."""
-        rest = np.zeros(self.m)
-        if self.lower is not None and self.upper is not None:
-            rest = np.where((self.lower < 0) & (self.upper > 0), 0.0, (self.lower + self.upper) / 2)
-        self.past_u = np.tile(rest, (max(self.nd, 1), 1))  # newest first
+        """Forget the past: the last input is `rest`."""
+        self.past_u = np.tile(self.rest, (max(self.nd, 1), 1))  # newest first
         self.past_y: np.ndarray | None = None
-        self.U = np.tile(rest, (self.nu, 1))
+        self.U = np.tile(self.rest, (self.nu, 1))
         self.held = self.iterations = 0
 
     def step(self, y: Any, reference: Any) -> np.ndarray:
@@ -154,10 +142,10 @@ class PredictiveController:
             [m], strictly inside the bounds.
 
         Raises:
-            ValueError: y or the reference of a wrong shape, or a reference that is not finite.
+            ValueError: y or the reference of a wrong shape.
 
         Warns:
-            RuntimeWarning: y is not finite: the last input is held, and `held` counts it.
+            RuntimeWarning: y or the reference is not finite: the last input is held, and `held` counts it.
         """
         y, reference = np.atleast_1d(np.asarray(y, float)), np.asarray(reference, float)
         if reference.ndim == 1 and self.p == 1:
@@ -166,11 +154,10 @@ class PredictiveController:
             raise ValueError(f"y has shape {y.shape}; expected ({self.p},)")
         if reference.shape != (self.n2, self.p):
             raise ValueError(f"reference has shape {reference.shape}; expected ({self.n2}, {self.p}): a row for each sample up to N2")
-        if not np.isfinite(reference).all():
-            raise ValueError("reference holds NaN or infinity; expected finite numbers")
-        if not np.isfinite(y).all():
+        if not (np.isfinite(reference).all() and np.isfinite(y).all()):
             self.held += 1
-            warnings.warn(f"y = {y} is not finite: the last input is held ({self.held} so far)", RuntimeWarning, stacklevel=2)
+            what = f"y = {y}" if not np.isfinite(y).all() else "the reference"
+            warnings.warn(f"{what} is not finite: the last input is held ({self.held} so far)", RuntimeWarning, stacklevel=2)
             self.past_u = np.roll(self.past_u, 1, axis=0)
             self.past_u[0] = self.past_u[1 % len(self.past_u)]
             return self.past_u[0].copy()
@@ -189,7 +176,7 @@ class PredictiveController:
             value, gradient, hessian = self.cost(U, reference)
             length = float(np.linalg.norm(gradient))
             first = length if iteration == 0 else first
-            if length <= 1e-9 or (iteration and length <= self.rtol * first):
+            if not np.isfinite(length) or length <= 1e-9 or (iteration and length <= self.rtol * first):
                 break
             U = self._moved(U, newton_step(gradient, hessian).reshape(U.shape), value, reference)
             self.iterations += 1
@@ -206,7 +193,8 @@ class PredictiveController:
             if self.value(U + t * step, reference) <= value + SLACK * abs(value):
                 break
             t /= 2
-        return U + t * step
+        moved = U + t * step
+        return moved if np.isfinite(moved).all() else U
 
     def _inputs_at(self, U: np.ndarray, j: int) -> np.ndarray:
         """u(n+j), ..., u(n+j-nd) [nd + 1, m]."""
@@ -269,26 +257,6 @@ class PredictiveController:
             value, gradient = value + box, gradient + first.ravel()
             hessian = hessian + np.diag(second_box.ravel())
         return value, gradient, hessian
-
-    def compile_to_c(self, out_dir: str | Path, *, name: str = "net", dtype: str = "float", overwrite: bool = False) -> Any:
-        """Write the model, its derivatives and this controller as C99: `NAME.c` and `NAME_mpc.c`.
-
-        Returns:
-            CompiledController: `.files`, `.build()`, `.step(y, reference)`, `.reset()`, `.sizes`.
-        """
-        from fewer.control.smart_composites.controller_c import compile_controller
-
-        return compile_controller(self, out_dir, name=name, dtype=dtype, overwrite=overwrite)
-
-
-def newton_step(gradient: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """-(H + mu I)^{-1} grad J, with the smallest mu of 0, 1e-6, 1e-5, ... for which Cholesky succeeds: always a direction of descent."""
-    damping = 0.0
-    while True:
-        try:
-            return -cho_solve(cho_factor(hessian + damping * np.eye(len(gradient)), check_finite=False), gradient, check_finite=False)
-        except np.linalg.LinAlgError:
-            damping = max(FIRST_DAMPING, 10 * damping)
 
 
 def weight_matrix(name: str, value: Any, size: int) -> np.ndarray:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import erf, expit
 
-from fewer.control.smart_composites.c_derivatives import smooth_layers
-from fewer.control.smart_composites.network import Network
+from fewer.control.smart_composites.to_c.derivatives import smooth_layers
+from fewer.control.smart_composites.to_c.network import Network
 
 Slopes = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 

@@ -21,8 +21,14 @@ import numpy as np
 import torch._dynamo  # noqa: F401 - Adam imports it at its first use; here it is paid for once, not in every trial
 from torch import nn
 
-from fewer.control.smart_composites.baselines import LQR, PID, tune_lqr, tune_pid
-from fewer.control.smart_composites.comparison import (
+from fewer.control._shared.emulator import controller_setup, cortex_m4_instructions, missing_tools, network_setup
+from fewer.control._shared.plants import Plant, Trajectory, simulate
+from fewer.control._shared.regulators import LQR, PID, tune_lqr, tune_pid
+from fewer.control._shared.toolchain import FAST, build_library, measure_sizes
+from fewer.control.smart_composites.controller import PredictiveController
+from fewer.control.smart_composites.controller_c.compiled import compile_controller
+from fewer.control.smart_composites.peers import emlearn_c, onnx_session
+from fewer.control.smart_composites.problems import (
     CASES,
     CONTROL_HORIZON,
     DELAYS,
@@ -33,18 +39,12 @@ from fewer.control.smart_composites.comparison import (
     STEPS,
     TRIALS,
     circle,
-    emlearn_c,
     finger,
     learned,
-    onnx_session,
     spring,
     spring_references,
 )
-from fewer.control.smart_composites.compiler import compile_to_c
-from fewer.control.smart_composites.controller import PredictiveController
-from fewer.control.smart_composites.emulator import controller_setup, cortex_m4_instructions, missing_tools, network_setup
-from fewer.control.smart_composites.plants import Plant, Trajectory, simulate
-from fewer.control.smart_composites.toolchain import FAST, build_library, measure_sizes
+from fewer.control.smart_composites.to_c.compiler import compile_to_c
 from fewer.study import Bars, Figure, NotTestable, Results, Scale, Study, Trial
 
 REFERENCES = ("steps", "sine 0.5 Hz", "sine 2 Hz", "swirl")
@@ -129,7 +129,7 @@ def steer(work: Tracking, trial: Trial, **settings: Any) -> None:
     track(work, trial, controller)
     if shutil.which("gcc"):
         with tempfile.TemporaryDirectory() as folder:
-            compiled = controller.compile_to_c(folder, name="spring")
+            compiled = compile_controller(controller, folder, name="spring")
             run = simulate(spring(trial.seed), compiled, work.references["swirl"], DT, work.steps, seed=1000 + trial.seed)
             trial.log("c_step_seconds", float(np.median(run.seconds)))
             trial.log("flash_bytes", compiled.flash_bytes)

@@ -1,4 +1,4 @@
-from .queries import ArrayFunction
+from .bins.queries import ArrayFunction
 from .recovery import sparse_wht
 from .regressor import SparseWalshRegressor
 from .spectrum import SparseSpectrum

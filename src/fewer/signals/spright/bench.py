@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from fewer.errors import require
-from fewer.signals.spright.comparison import PeerSignal, exact_support, k_sparse, k_sparse_array
-from fewer.signals.spright.queries import ArrayFunction
+from fewer.signals.spright.bins.queries import ArrayFunction
+from fewer.signals.spright.peers import PeerSignal
+from fewer.signals.spright.problems import exact_support, k_sparse, k_sparse_array
 from fewer.signals.spright.recovery import sparse_wht
 from fewer.signals.spright.transform import fwht
 from fewer.study import Bench

@@ -31,7 +31,7 @@ def wht(
     """
     if top < 1:
         raise ValueError(f"--top is {top}; expected at least 1")
-    from fewer.signals.spright.queries import ArrayFunction
+    from fewer.signals.spright.bins.queries import ArrayFunction
     from fewer.signals.spright.recovery import sparse_wht
 
     f = ArrayFunction(_mapped(file))
@@ -82,8 +82,8 @@ def _full(f: object, top: int) -> SparseSpectrum:
     """The largest coefficients of the full transform, as a spectrum."""
     import numpy as np
 
-    from fewer.signals.spright.bits import unpack
-    from fewer.signals.spright.queries import ArrayFunction, check_answer
+    from fewer.signals.spright.bins.bits import unpack
+    from fewer.signals.spright.bins.queries import ArrayFunction, check_answer
     from fewer.signals.spright.spectrum import SparseSpectrum
     from fewer.signals.spright.transform import fwht
 

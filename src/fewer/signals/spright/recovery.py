@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from fewer.signals.spright.bits import Bits, Words, pack, unpack
-from fewer.signals.spright.hashing import Hashing, add_columns, distinct_offsets, partition_columns, span
-from fewer.signals.spright.offsets import Design, Offsets, choose_offsets
-from fewer.signals.spright.peeling import ZERO, Limits, peel
-from fewer.signals.spright.queries import Executor, QueryLog
-from fewer.signals.spright.refining import refine as fit_together
+from fewer.signals.spright.bins.bits import Bits, Words, pack, unpack
+from fewer.signals.spright.bins.hashing import Hashing, add_columns, distinct_offsets, partition_columns, span
+from fewer.signals.spright.bins.offsets import Design, Offsets, choose_offsets
+from fewer.signals.spright.bins.peeling import ZERO, Limits, peel
+from fewer.signals.spright.bins.queries import Executor, QueryLog
+from fewer.signals.spright.bins.refining import refine as fit_together
 from fewer.signals.spright.spectrum import SparseSpectrum
 from fewer.signals.spright.transform import bins_of
 

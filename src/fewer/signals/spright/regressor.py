@@ -9,8 +9,8 @@ import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from fewer.signals.spright.offsets import Design
-from fewer.signals.spright.queries import Executor
+from fewer.signals.spright.bins.offsets import Design
+from fewer.signals.spright.bins.queries import Executor
 from fewer.signals.spright.recovery import sparse_wht
 from fewer.signals.spright.spectrum import SparseSpectrum, as_bits
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from fewer.signals.spright.bits import Bits, pack, sum_of_parities
+from fewer.signals.spright.bins.bits import Bits, pack, sum_of_parities
 
 
 @dataclass(frozen=True, eq=False)

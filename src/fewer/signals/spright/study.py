@@ -14,19 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fewer.signals.spright.comparison import (
-    Model,
-    Network,
-    Noisy,
-    PeerSignal,
-    exact_support,
-    k_sparse,
-    k_sparse_array,
-    lasso_on_pairs,
-    r_squared,
-    trained_models,
-)
-from fewer.signals.spright.queries import ArrayFunction
+from fewer.signals.spright.bins.queries import ArrayFunction
+from fewer.signals.spright.peers import PeerSignal, lasso_on_pairs
+from fewer.signals.spright.problems import Model, Network, Noisy, exact_support, k_sparse, k_sparse_array, r_squared, trained_models
 from fewer.signals.spright.recovery import sparse_wht
 from fewer.signals.spright.spectrum import SparseSpectrum
 from fewer.signals.spright.transform import fwht

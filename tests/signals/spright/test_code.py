@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from fewer.signals.spright.code import OUTPUTS, generator_matrix, viterbi
-from fewer.signals.spright.peeling import _decode
+from fewer.signals.spright.bins.code import OUTPUTS, generator_matrix, viterbi
+from fewer.signals.spright.bins.peeling import _decode
 
 
 def messages(n: int) -> np.ndarray:

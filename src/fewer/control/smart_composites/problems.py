@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from fewer.control._shared.plants import Plant, mass_spring_damper, tendon_finger
 from fewer.control.smart_composites.kinematics import ForwardKinematics, excitation
-from fewer.control.smart_composites.plants import Plant, mass_spring_damper, tendon_finger
-from fewer.errors import require
 
 DT = 0.025  # seconds a sample
 STEPS = 200  # of a simulation
@@ -118,51 +114,3 @@ CASES: dict[str, Case] = {
     "lstm-4-16": Case(lambda: LastStep(nn.LSTM(4, 16, batch_first=True), 2), (10, 4)),
     "rnn-4-16": Case(lambda: LastStep(nn.RNN(4, 16, batch_first=True), 2), (10, 4)),
 }
-
-
-def onnx_session(model: nn.Module, x: torch.Tensor) -> Any:
-    """An onnxruntime session of one thread."""
-    import io
-    import warnings
-
-    onnxruntime = require("onnxruntime", "control")
-
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])  # pyright: ignore[reportArgumentType] - takes files, too
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-
-
-def sklearn_mlp(model: nn.Sequential) -> Any:
-    """The same MLP as scikit-learn's MLPRegressor, which emlearn reads (m2cgen reads linear models, trees and support vectors, no network)."""
-    from sklearn.neural_network import MLPRegressor
-
-    linear = [layer for layer in model if isinstance(layer, nn.Linear)]
-    hidden = tuple(layer.out_features for layer in linear[:-1])
-    kind = "tanh" if any(isinstance(layer, nn.Tanh) for layer in model) else "relu"
-    peer = MLPRegressor(hidden_layer_sizes=hidden, activation=kind, max_iter=1)
-    inputs, outputs = linear[0].in_features, linear[-1].out_features
-    rng = np.random.default_rng(0)
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        y = rng.standard_normal((20, outputs))
-        peer.fit(rng.standard_normal((20, inputs)), y[:, 0] if outputs == 1 else y)
-    peer.coefs_ = [layer.weight.detach().numpy().T.astype(float) for layer in linear]
-    peer.intercepts_ = [layer.bias.detach().numpy().astype(float) for layer in linear]
-    return peer
-
-
-def emlearn_c(model: nn.Sequential, folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """emlearn's C of the same MLP with one function `call(x, inputs, y, outputs)`, and the flags that it needs."""
-    emlearn = require("emlearn", "control")
-    with contextlib.chdir(folder):  # it compiles into the working folder
-        converted = emlearn.convert(sklearn_mlp(model), method="inline")
-    converted.save(file=str(folder / "peer.h"), name="peer")
-    text = '#include "peer.h"\nint call(const float *x, int n, float *y, int m);\nint call(const float *x, int n, float *y, int m)\n'
-    (folder / "peer.c").write_text(text + "{ return peer_regress(x, n, y, m); }\n")
-    return folder / "peer.c", (f"-I{emlearn.includedir}",)

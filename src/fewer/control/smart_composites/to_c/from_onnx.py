@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fewer.control.smart_composites.from_torch import ACTIVATIONS, check_recurrent
-from fewer.control.smart_composites.network import Layer, Network, UnsupportedLayer
+from fewer.control.smart_composites.to_c.from_torch import ACTIVATIONS, check_recurrent
+from fewer.control.smart_composites.to_c.network import Layer, Network, UnsupportedLayer
 from fewer.errors import require
 
 NAMES = {  # ONNX operation -> our activation, and the attributes that it takes with their defaults

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fewer.control.smart_composites.c_text import Number, activation_function, array_text
-from fewer.control.smart_composites.network import Layer
+from fewer.control.smart_composites.to_c.network import Layer
+from fewer.control.smart_composites.to_c.text import Number, activation_function, array_text
 
 PANEL = 16  # outputs whose sums are kept in registers together
 TILE = 4  # pixels of a convolution whose sums, of PANEL channels each, are kept in registers together

@@ -6,8 +6,8 @@ forward tangent of the backward pass, and the whole Hessian S_l = sigma'' (W D)(
 
 from __future__ import annotations
 
-from fewer.control.smart_composites.c_text import Number
-from fewer.control.smart_composites.network import Layer, Network, UnsupportedLayer
+from fewer.control.smart_composites.to_c.network import Layer, Network, UnsupportedLayer
+from fewer.control.smart_composites.to_c.text import Number
 
 SMOOTH = ("tanh", "sigmoid", "softplus", "gelu")
 

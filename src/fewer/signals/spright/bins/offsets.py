@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from fewer.signals.spright.bits import Bits, Words, pack, signs
-from fewer.signals.spright.code import generator_matrix
+from fewer.signals.spright.bins.bits import Bits, Words, pack, signs
+from fewer.signals.spright.bins.code import generator_matrix
 
 Design = Literal["so", "nso", "none"]
 FLIPS, CODE, LIST = 0, 1, 2  # how a bin is read: by pairs of offsets, by a code, by trying a list of candidates

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from fewer.signals.spright.bits import Words, signs
-from fewer.signals.spright.peeling import hash_all
+from fewer.signals.spright.bins.bits import Words, signs
+from fewer.signals.spright.bins.peeling import hash_all
 
 SIGNIFICANT = 3.0  # standard errors that a coefficient must have to be kept
 LEAST_WEIGHT = 1e-24  # of a bin that is not explained, where the others are free of noise

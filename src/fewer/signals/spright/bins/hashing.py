@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from fewer.signals.spright.bits import Bits, Words, pack
+from fewer.signals.spright.bins.bits import Bits, Words, pack
 
 Hashing = Literal["random", "partition"]
 

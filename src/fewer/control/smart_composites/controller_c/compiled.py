@@ -1,4 +1,4 @@
-"""The controller as C99: fixed sizes, no malloc, Cholesky in place. It follows `controller.py` step by step."""
+"""The controller as C99: fixed sizes, no malloc, Cholesky in place. It follows `controller.py` and `newton.py` step by step."""
 
 from __future__ import annotations
 
@@ -6,69 +6,85 @@ import ctypes
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fewer.control.smart_composites.c_text import DOUBLE, FLOAT, Number, array_text, check_name
-from fewer.control.smart_composites.compiler import add_sizes, network_texts
-from fewer.control.smart_composites.controller_text import CURVED, FLAT, HEADER, SOURCE
-from fewer.control.smart_composites.files import check_folder, write_files
-from fewer.control.smart_composites.toolchain import FAST, Sizes, build_library, measure_sizes
+from fewer.checks import check_choice
+from fewer.control._shared.toolchain import FAST, Sizes, build_library, measure_sizes
+from fewer.control.smart_composites import newton
+from fewer.control.smart_composites.to_c.compiler import add_sizes, network_texts, write_files
+from fewer.control.smart_composites.to_c.text import DOUBLE, FLOAT, Number, array_text, check_name
+from fewer.files import check_new
 
 if TYPE_CHECKING:
     from fewer.control.smart_composites.controller import PredictiveController
 
 
 def controller_texts(controller: PredictiveController, name: str, number: Number) -> dict[str, str]:
-    """File name -> text of the controller alone."""
-    from fewer.control.smart_composites import controller as python
-
+    """File name -> text of the controller alone: `mpc.h.in` and `mpc.c.in`, filled in."""
     c = controller
     boxed, curved, size = c.lower is not None, not c.gauss_newton, c.nu * c.m
     t, n = number.type, number.literal
-    constants = {"Q": c.Q, "LAMBDA": c.Lambda}
-    rest = np.zeros(c.m)
+    constants = {"Q": c.Q, "LAMBDA": c.Lambda, "REST": c.rest}
     if c.lower is not None and c.upper is not None:
         constants |= {"LOWER": c.lower, "UPPER": c.upper, "SHARPNESS": c.sharpness}
-        rest = np.where((c.lower < 0) & (c.upper > 0), 0.0, (c.lower + c.upper) / 2)
-    constants["REST"] = rest
     arrays = "".join(array_text(f"{t} {key}", [n(each) for each in value.ravel()]) for key, value in constants.items())
     words = {
-        "evaluate": CURVED if curved else FLAT,
-        "first_damping": n(python.FIRST_DAMPING), "to_the_bound": n(python.TO_THE_BOUND), "halvings": str(python.HALVINGS),
+        "first_damping": n(newton.FIRST_DAMPING), "to_the_bound": n(newton.TO_THE_BOUND), "halvings": str(newton.HALVINGS),
         "curve_size": str(c.n2 * c.p * size * size if curved else 1), "max_iter": str(c.max_iter), "arrays": arrays,
-        "curved": str(int(curved)), "boxed": str(int(boxed)), "slack": n(python.SLACK), "rtol": n(c.rtol), "tiny": n(1e-9),
+        "curved": str(int(curved)), "boxed": str(int(boxed)), "slack": n(newton.SLACK), "rtol": n(c.rtol), "tiny": n(1e-9),
         "size": str(size), "keep": str(max(c.nd, 1)), "outs": str(c.dd + 1), "sqrt": f"sqrt{number.suffix}", "abs": f"fabs{number.suffix}",
         "real": t, "name": name, "BIG": name.upper(), "nz": str(c.f.inputs), "n1": str(c.n1), "n2": str(c.n2), "nu": str(c.nu),
         "nd": str(c.nd), "dd": str(c.dd), "10": n(10), "0": n(0), "1": n(1), "2": n(2), "4": n(4), "m": str(c.m), "p": str(c.p),
     }  # fmt: skip
-    return {f"{name}_mpc.h": filled(HEADER, words), f"{name}_mpc.c": filled(SOURCE, words)}
+    texts = resources.files("fewer.control.smart_composites.controller_c")
+    return {f"{name}_mpc.{end}": filled(texts.joinpath(f"mpc.{end}.in").read_text(encoding="utf8"), words) for end in ("h", "c")}
 
 
 def filled(text: str, words: dict[str, str]) -> str:
-    """The text with every @word replaced; longer words first, since one may begin another (and `evaluate` holds more)."""
-    for word in ["evaluate", *sorted(words, key=len, reverse=True)]:
+    """The text with every @word replaced; longer words first, since one may begin another."""
+    for word in sorted(words, key=len, reverse=True):
         text = text.replace(f"@{word}", words[word])
     assert "@" not in text, text[text.index("@") :][:40]
     return text
 
 
 def compile_controller(
-    controller: PredictiveController, out_dir: str | Path, *, name: str, dtype: str, overwrite: bool
+    controller: PredictiveController,
+    out_dir: str | Path,
+    *,
+    name: str = "net",
+    dtype: Literal["float", "double"] = "float",
+    overwrite: bool = False,
 ) -> CompiledController:
-    """What `PredictiveController.compile_to_c` does."""
+    """Write a controller, its model and the model's derivatives as C99: `NAME.c` and `NAME_mpc.c`.
+
+    Args:
+        controller: the `PredictiveController`.
+        out_dir: a new or empty folder.
+        name: begins the names of files and functions.
+        dtype: what is computed with.
+        overwrite: replace what was compiled into out_dir before.
+
+    Returns:
+        CompiledController: `.files`, `.build()`, `.step(y, reference)`, `.reset()`, `.sizes`.
+
+    Raises:
+        ValueError: a name that is none in C, or another dtype.
+        FileExistsError: out_dir may not be written.
+    """
     check_name(name)
-    if dtype not in ("float", "double"):
-        raise ValueError(f"dtype={dtype!r}; expected 'float' or 'double'")
+    check_choice(("float", "double"), dtype=dtype)
     number = DOUBLE if dtype == "double" else FLOAT
-    check_folder(Path(out_dir), overwrite=overwrite)
+    folder = check_new(out_dir, overwrite, option="out_dir")
     texts = network_texts(controller.network, name, number, None, True) | controller_texts(controller, name, number)
     texts["CMakeLists.txt"] = texts["CMakeLists.txt"].replace(f"STATIC {name}.c", f"STATIC {name}.c {name}_mpc.c")
     texts["library.json"] = texts["library.json"].replace(f'"+<{name}.c>"', f'"+<{name}.c>",\n      "+<{name}_mpc.c>"')
     sizes = add_sizes(texts)
-    files = write_files(Path(out_dir), texts, overwrite=overwrite)
+    files = write_files(folder, texts, overwrite=overwrite)
     return CompiledController(name, number, files, controller.m, controller.p, controller.n2, sizes)
 
 

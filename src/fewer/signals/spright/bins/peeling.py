@@ -8,9 +8,9 @@ import numba
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from fewer.signals.spright.bits import Words, find, parity
-from fewer.signals.spright.code import OUTPUTS, viterbi
-from fewer.signals.spright.offsets import CODE, FLIPS, LIST, Offsets
+from fewer.signals.spright.bins.bits import Words, find, parity
+from fewer.signals.spright.bins.code import OUTPUTS, viterbi
+from fewer.signals.spright.bins.offsets import CODE, FLIPS, LIST, Offsets
 
 ZERO, SINGLE, MULTI = 0, 1, 2  # a bin with nothing left, with one coefficient, with more
 RELATIVE = 1e-9  # by how much a noiseless single-ton's magnitudes may differ

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import platform
-import tempfile
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from fewer.control.smart_composites.c_derivatives import derivative_text, smooth_layers
-from fewer.control.smart_composites.c_layers import PANEL, LayerText
-from fewer.control.smart_composites.c_text import DOUBLE, FLOAT, Number, array_text, check_name
-from fewer.control.smart_composites.files import check_folder, write_files
-from fewer.control.smart_composites.from_torch import network_from_export, network_from_module
-from fewer.control.smart_composites.network import Network, simplified
-from fewer.control.smart_composites.plan import plan_buffers
-from fewer.control.smart_composites.toolchain import Sizes, arm_sizes, build_library, host_compiler, measure_sizes, sizes_of
+from fewer.checks import check_choice
+from fewer.control._shared.program_file import read_program, run_program
+from fewer.control._shared.toolchain import Sizes, sizes_of
+from fewer.control.smart_composites.to_c.compiled import CompiledNetwork
+from fewer.control.smart_composites.to_c.derivatives import derivative_text, smooth_layers
+from fewer.control.smart_composites.to_c.from_torch import network_from_export, network_from_module
+from fewer.control.smart_composites.to_c.layers import PANEL, LayerText
+from fewer.control.smart_composites.to_c.network import Network, simplified
+from fewer.control.smart_composites.to_c.plan import plan_buffers
+from fewer.control.smart_composites.to_c.text import DOUBLE, FLOAT, Number, array_text, check_name
+from fewer.files import check_new, made_whole
 
-CYCLES_PER_MAC, CYCLES_PER_ACTIVATION = 5, 120  # an estimate for a Cortex-M4F: two loads and a multiply-add; a call of expf or tanhf
 LONG = 4_000_000  # characters: about 1 MB of weights, which is more than a microcontroller holds
 LEVELS = (
     "\nMatrices stand in panels of 16 outputs, and in each panel input by input, so that they are read once and in order. For a Cortex-M4F, "
@@ -34,21 +33,21 @@ LEVELS = (
 TOLERANCE = {None: 1e-4, "q15": 1e-2, "int8": 0.3}  # of the recorded outputs, relative to the largest
 
 
-def network_of(model: nn.Module | str | Path, example_input: torch.Tensor | None = None) -> Network:
+def network_of(model: nn.Module | str | Path, example_input: torch.Tensor | None = None, *, trust: bool = False) -> Network:
     """The network of a module, of a file .onnx or of a file .pt2 (torch.export.save)."""
     if isinstance(model, nn.Module):
         if example_input is None:
             raise ValueError("no example_input was given; expected a tensor of shape [1, ...] to trace the module with")
         return simplified(network_from_module(model, example_input))
     path = Path(model)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a file .onnx or .pt2")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; expected a file .onnx or .pt2")
     if path.suffix == ".onnx":
-        from fewer.control.smart_composites.from_onnx import network_from_onnx
+        from fewer.control.smart_composites.to_c.from_onnx import network_from_onnx
 
         return simplified(network_from_onnx(path))
     if path.suffix == ".pt2":
-        return simplified(network_from_export(torch.export.load(path)))
+        return simplified(network_from_export(read_program(path, trust)))
     raise ValueError(
         f"{path}: a file {path.suffix or 'without a suffix'}; expected .onnx or .pt2 (Keras HDF5 and TFLite are not read: export to ONNX)"
     )
@@ -65,6 +64,7 @@ def compile_to_c(
     derivatives: bool = False,
     test: bool = False,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> CompiledNetwork:
     """Write a network as C (section "compiler" of the paper; int8 and q15 are not in the paper).
 
@@ -77,12 +77,14 @@ def compile_to_c(
         quantize: "int8" stores matrices as 8-bit integers with a scale for each output, and computes in float.
         derivatives: also write `NAME_jacobian`, `NAME_hvp` and `NAME_hessian`, for chains of Linear and smooth activations.
         test: also write `NAME_test.c`, which checks recorded inputs and outputs.
-        overwrite: replace files that are there.
+        overwrite: replace what was compiled into out_dir before.
+        trust: read a .pt2 file even where reading it can run code that stands in it.
 
     Raises:
         UnsupportedLayer: a layer that has no C text, with its path.
         ValueError: dynamic shapes, a batch of more than one, weights that are not finite, or a name that is none in C.
-        FileExistsError: out_dir is not empty.
+        UntrustedFile: a .pt2 file that could run code, with the entry's name.
+        FileExistsError: out_dir may not be written.
 
     Examples:
         >>> import tempfile, torch
@@ -94,23 +96,31 @@ def compile_to_c(
         (40, 32, ['arm.h', 'arm.c'])
     """
     check_name(name)
-    if dtype not in ("float", "double", "q15") or quantize not in (None, "int8"):
-        raise ValueError(f"dtype={dtype!r}, quantize={quantize!r}; expected dtype float, double or q15, and quantize None or 'int8'")
+    check_choice(("float", "double", "q15"), dtype=dtype)
+    check_choice((None, "int8"), quantize=quantize)
     if quantize and dtype != "float":
         raise ValueError(f"quantize={quantize!r} with dtype={dtype!r}; expected dtype='float': 8-bit weights are summed in float")
     stored = "q15" if dtype == "q15" else quantize
     if derivatives and stored:
         raise ValueError(f"derivatives of {stored} weights; expected dtype 'float' or 'double' without quantize")
-    folder = Path(out_dir)
-    check_folder(folder, overwrite=overwrite)
-    network = network_of(model, example_input)
+    inputs = () if isinstance(model, nn.Module) else (model,)
+    folder = check_new(out_dir, overwrite, inputs=inputs, option="out_dir")
+    network = network_of(model, example_input, trust=trust)
     number = DOUBLE if dtype == "double" else FLOAT
     texts = network_texts(network, name, number, stored, derivatives)
     if test:
-        texts[f"{name}_test.c"] = recorded_test(model, network, name, number, TOLERANCE[stored])
+        texts[f"{name}_test.c"] = recorded_test(model, network, name, number, TOLERANCE[stored], trust)
     sizes = add_sizes(texts)
-    files = write_files(folder, texts, overwrite=overwrite)
+    files = write_files(folder, texts, overwrite=overwrite, inputs=inputs)
     return CompiledNetwork(name, network, number, files, sizes)
+
+
+def write_files(folder: Path, texts: dict[str, str], *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> list[Path]:
+    """All files of a folder, or none."""
+    with made_whole(folder, overwrite, inputs=inputs, option="out_dir") as made:
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf8")
+    return [folder / name for name in texts]
 
 
 def add_sizes(texts: dict[str, str]) -> Sizes | None:
@@ -226,10 +236,11 @@ def project_texts(name: str, network: Network, ram: int, weights: int) -> dict[s
     return {"CMakeLists.txt": cmake, "library.json": json.dumps(library, indent=2) + "\n", "README.md": readme}
 
 
-def recorded_test(model: nn.Module | str | Path, network: Network, name: str, number: Number, tolerance: float) -> str:
+def recorded_test(model: nn.Module | str | Path, network: Network, name: str, number: Number, tolerance: float, trust: bool = False) -> str:
     """A C program that holds the network against what its model said of four inputs; it ends with 0 where all agree."""
     inputs = np.random.default_rng(0).standard_normal((4, *network.input_shape)).astype(np.float32)
-    wanted = np.array([reference(model, each[None]).reshape(-1) for each in inputs])
+    said = reference(model, trust)
+    wanted = np.array([said(each[None]).reshape(-1) for each in inputs])
     t, big = number.type, name.upper()
     arrays = array_rows(f"{t} recorded_in", inputs, number) + array_rows(f"{t} recorded_out", wanted, number)
     largest = float(np.abs(wanted).max())
@@ -261,128 +272,25 @@ def array_rows(declaration: str, rows: np.ndarray, number: Number) -> str:
     return array_text(declaration, [number.literal(value) for value in rows.reshape(-1)])
 
 
-def reference(model: nn.Module | str | Path, x: np.ndarray) -> np.ndarray:
-    """What the model itself says of x."""
+def reference(model: nn.Module | str | Path, trust: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """The model as a function of arrays."""
     if isinstance(model, nn.Module):
-        kind = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-        training = model.training
-        with torch.no_grad():
-            out = model.eval()(torch.as_tensor(x).to(kind)).numpy()
-        model.train(training)
-        return out
+        return lambda x: _said(model, x)
     if Path(model).suffix == ".pt2":
-        with torch.no_grad():
-            return torch.export.load(model).module()(torch.as_tensor(x)).numpy()
+        program = read_program(model, trust)
+        return lambda x: run_program(program, x)
     import onnx
     from onnx.reference import ReferenceEvaluator
 
     evaluator: Any = ReferenceEvaluator(onnx.load(model))
-    return np.asarray(evaluator.run(None, {evaluator.input_names[0]: x})[0])
+    return lambda x: np.asarray(evaluator.run(None, {evaluator.input_names[0]: x})[0])
 
 
-@dataclass
-class CompiledNetwork:
-    """Written C, with what it costs and, where there is a compiler, what it says.
-
-    Attributes:
-        name: begins the names of its functions.
-        network: the layers that were written.
-        number: the type it computes with.
-        files: what was written.
-    """
-
-    name: str
-    network: Network
-    number: Number
-    files: list[Path]
-    _sizes: Sizes | None = field(default=None, repr=False)
-    _folder: Any = field(default=None, repr=False)
-    _call: Any = field(default=None, repr=False)
-
-    @property
-    def source(self) -> Path:
-        return next(file for file in self.files if file.name == f"{self.name}.c")
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of a call."""
-        return self.network.macs
-
-    @cached_property
-    def ram_bytes(self) -> int:
-        """Bytes of the caller's state: buffers and recurrent state; the stack (`sizes.stack`) comes on top."""
-        plan = plan_buffers(self.network)
-        kept = sum(layer.weights["weight_hh"].shape[1] * (2 if layer.kind == "lstm" else 1) for layer in self.network.recurrent)
-        return (plan.arena + kept) * np.dtype(self.number.numpy).itemsize or 1
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        """What the compiler of this machine says with -Os."""
-        return self._sizes or measure_sizes([self.source])
-
-    @property
-    def flash_bytes(self) -> int:
-        """Bytes of code and constants, by the compiler of this machine."""
-        return self.sizes.flash
-
-    @property
-    def cycles_estimate(self) -> int:
-        """An estimate for a Cortex-M4F, from the counts alone: it is not measured."""
-        called = sum(layer.size for layer in self.network.layers if layer.activation and "relu" not in layer.activation[0])
-        gates = sum(5 * layer.size for layer in self.network.recurrent)
-        return CYCLES_PER_MAC * self.macs + CYCLES_PER_ACTIVATION * (called + gates)
-
-    def report(self) -> dict[str, Any]:
-        """Flash, RAM, stack, multiply-accumulates and an estimate of cycles; those of a Cortex-M4F where its compiler is installed."""
-        arm = arm_sizes([self.source])
-        return {
-            "flash_bytes": self.flash_bytes,
-            "ram_bytes": self.ram_bytes,
-            "stack_bytes": self.sizes.stack,
-            "macs": self.macs,
-            "cycles_estimate": self.cycles_estimate,
-            "cortex_m4_flash_bytes": arm.flash if arm else "arm-none-eabi-gcc is not installed",
-        }
-
-    def build(self) -> Path:
-        """A shared library for this machine; NoCompiler says what to install."""
-        host_compiler()
-        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="fewer-c-")
-        target = Path(self._folder.name) / f"lib{self.name}.so"
-        if not target.exists():
-            build_library([self.source], target)
-        return target
-
-    def _bind(self) -> Any:
-        library = ctypes.CDLL(str(self.build()))
-        predict, reset = library[f"{self.name}_predict"], library[f"{self.name}_reset"]
-        x = np.zeros(self.network.inputs, self.number.numpy)
-        y = np.zeros(self.network.producer(self.network.output).shape, self.number.numpy)
-        state = ctypes.create_string_buffer(self.ram_bytes + 16)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, y)] + [ctypes.cast(state, ctypes.c_void_p)]
-        predict.restype = reset.restype = None
-        reset(pointers[2])
-        self._call = (x, y, state, predict, pointers, reset)
-        return self._call
-
-    def predict(self, x: Any) -> np.ndarray:
-        """What the C says of one input; a recurrent network goes on from where it stands (see `reset`).
-
-        Args:
-            x: as many numbers as the network has inputs, in any shape.
-
-        Returns:
-            array in the shape of the network's output, without the batch axis.
-        """
-        into, out, _, predict, pointers, _ = self._call or self._bind()
-        values = np.asarray(x)
-        if values.size != into.size:
-            raise ValueError(f"x has {values.size} numbers; expected {into.size}: one input of shape {self.network.input_shape}")
-        into[:] = values.reshape(-1)
-        predict(*pointers)
-        return out.copy()
-
-    def reset(self) -> None:
-        """Begin a new sequence."""
-        call = self._call or self._bind()
-        call[5](call[4][2])
+def _said(module: nn.Module, x: np.ndarray) -> np.ndarray:
+    kind = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+    training = module.training
+    try:
+        with torch.no_grad():
+            return module.eval()(torch.as_tensor(x).to(kind)).double().numpy()
+    finally:
+        module.train(training)

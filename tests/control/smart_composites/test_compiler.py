@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT
-from fewer.control import PredictiveController, UnsupportedLayer, compile_to_c
-from fewer.control.smart_composites.comparison import CASES, LastStep
-from fewer.control.smart_composites.emulator import controller_setup, cortex_m4_instructions, missing_tools, network_setup
-from fewer.control.smart_composites.toolchain import STRICT
+from fewer.control import PredictiveController, UnsupportedLayer, compile_controller, compile_to_c
+from fewer.control._shared.emulator import controller_setup, cortex_m4_instructions, missing_tools, network_setup
+from fewer.control._shared.toolchain import STRICT
+from fewer.control.smart_composites.problems import CASES, LastStep
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[3]
 
 
 def test_weights_in_the_text_are_the_tensors_bit_for_bit_and_the_text_is_the_same_each_time(tmp_path):
@@ -118,7 +118,7 @@ def test_buffers_and_stack_are_what_a_painted_stack_shows(name, tmp_path):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 14), nn.Tanh(), nn.Linear(14, 1)).double()
         controller = PredictiveController(model, (1, 12), 4, bounds=(-1, 1), past_inputs=1, past_outputs=3, max_iter=1)
-        compiled, header, setup = controller.compile_to_c(tmp_path / "c"), "net_mpc.h", controller_setup("net")
+        compiled, header, setup = compile_controller(controller, tmp_path / "c"), "net_mpc.h", controller_setup("net")
         sources = compiled.sources
     else:
         compiled, header, setup = compile_to_c(*CASES[name].built(), tmp_path / "c"), "net.h", network_setup("net")
@@ -254,21 +254,25 @@ def test_a_weight_beyond_float_is_refused(tmp_path):
     compile_to_c(model, torch.zeros(1, 2).double(), tmp_path / "out", dtype="double")
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
+def test_a_folder_of_the_users_is_left_alone_and_one_of_ours_is_replaced(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty"):
-        compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path)
-    compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path, overwrite=True)
-    assert (tmp_path / "mine.txt").read_text() == "mine"
+    for overwrite, message in ((False, "not empty"), (True, "holds mine.txt")):
+        with pytest.raises(FileExistsError, match=message):
+            compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path, overwrite=overwrite)
+    assert [each.name for each in tmp_path.iterdir()] == ["mine.txt"]
+    compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "c", test=True)
+    compile_to_c(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "c", name="other", overwrite=True)
+    assert not (tmp_path / "c" / "net.c").exists()
 
 
 def test_a_write_that_fails_midway_leaves_what_was_there_before(tmp_path):
     """The disk takes 4 kB a file: the header fits, the weights do not."""
     old = compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "old")
-    before = {file.name: file.read_bytes() for file in old.files}
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    assert {file.name for file in old.files} < set(before)
     code = (
         "import resource, sys, torch; from torch import nn; from fewer.control import compile_to_c\n"
-        "from fewer.control.smart_composites import compiler; compiler.sizes_of = lambda texts: None\n"
+        "from fewer.control.smart_composites.to_c import compiler; compiler.sizes_of = lambda texts: None\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "for folder in ('old', 'a/new'):\n"
         "    try: compile_to_c(nn.Linear(64, 64), torch.zeros(1, 64), folder, overwrite=True)\n"
@@ -278,31 +282,6 @@ def test_a_write_that_fails_midway_leaves_what_was_there_before(tmp_path):
     assert done.stdout.count("File too large") == 2, done.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
     assert [each.name for each in tmp_path.iterdir()] == ["old"]
-
-
-@pytest.mark.parametrize("fails_at", [1, 2, 5, 6])
-def test_a_replacement_that_fails_midway_brings_back_what_was_there(fails_at, tmp_path, monkeypatch):
-    old = compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "c")
-    before, calls, replace = {file.name: file.read_bytes() for file in old.files}, [], os.replace
-
-    def once_refused(source, target):
-        calls.append(source)
-        if len(calls) == fails_at:
-            raise OSError("no space left")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", once_refused)
-    with pytest.raises(OSError, match="no space"):
-        compile_to_c(nn.Linear(3, 3), torch.zeros(1, 3), tmp_path / "c", overwrite=True)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "c").iterdir()} == before
-    assert [each.name for each in tmp_path.iterdir()] == ["c"]
-
-
-def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_replaced(tmp_path):
-    (tmp_path / "c" / "net.c").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match=r"net\.c is a folder"):
-        compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "c", overwrite=True)
-    assert [each.name for each in (tmp_path / "c").iterdir()] == ["net.c"]
 
 
 def test_without_a_compiler_the_text_is_written_and_build_says_what_to_install(tmp_path, monkeypatch):
@@ -318,7 +297,7 @@ def test_the_verb_writes_c_and_refuses_in_one_line(fewer, tmp_path):
     torch.export.save(torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), (torch.zeros(1, 3),)), tmp_path / "m.pt2")
     said = json.loads(fewer("compile-c", "m.pt2", "--out", "c", "--name", "arm", "--test", "--json", **here).stdout)
     assert said["macs"] == 12
-    assert {"arm.h", "arm.c", "arm_test.c", "CMakeLists.txt", "library.json", "README.md"} == {
+    assert {".fewer.json", "arm.h", "arm.c", "arm_test.c", "CMakeLists.txt", "library.json", "README.md"} == {
         each.name for each in (tmp_path / "c").iterdir()
     }
     done = fewer("compile-c", "m.pt2", "--out", "c", status=2, **here)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from fewer.meters import count
-from fewer.signals.spright.bits import Bits, Words, enter, pack, unpack
+from fewer.signals.spright.bins.bits import Bits, Words, enter, pack, unpack
 from fewer.signals.spright.transform import check_power_of_two
 
 Function = Callable[[Any], Any]

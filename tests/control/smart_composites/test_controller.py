@@ -15,6 +15,7 @@ from fewer.control import (
     PID,
     ForwardKinematics,
     PredictiveController,
+    compile_controller,
     excitation,
     mass_spring_damper,
     simulate,
@@ -22,8 +23,8 @@ from fewer.control import (
     tune_pid,
     van_der_pol,
 )
-from fewer.control.smart_composites.controller import newton_step
-from fewer.control.smart_composites.toolchain import STRICT, build_library
+from fewer.control._shared.toolchain import STRICT, build_library
+from fewer.control.smart_composites.newton import newton_step
 
 torch.set_num_threads(1)
 
@@ -115,7 +116,7 @@ def test_one_step_on_a_linear_model_is_the_least_squares_solution_and_a_warm_sta
 def test_bounds_are_never_touched(tmp_path):
     """10,000 samples as C (which the next test but two holds against Python), 500 in Python."""
     rng, controller = np.random.default_rng(0), two_by_two(max_iter=1)
-    compiled = controller.compile_to_c(tmp_path, dtype="double")
+    compiled = compile_controller(controller, tmp_path, dtype="double")
     for start in range(400):
         compiled.reset()
         controller.reset()
@@ -149,9 +150,9 @@ def test_gauss_newton_leaves_out_second_derivatives_of_the_model_alone():
 @pytest.mark.parametrize("gauss_newton", [False, True])
 def test_the_c_controller_does_what_the_python_one_does_for_500_steps(gauss_newton, tmp_path):
     controller = two_by_two(gauss_newton=gauss_newton, max_iter=2)
-    compiled = controller.compile_to_c(tmp_path, name="arm", dtype="double")
+    compiled = compile_controller(controller, tmp_path, name="arm", dtype="double")
     build_library(compiled.sources, tmp_path / "strict.so", ("-O2", "-fsanitize=undefined"))
-    in_float = controller.compile_to_c(tmp_path / "f", name="arm")
+    in_float = compile_controller(controller, tmp_path / "f", name="arm")
     rng, y = np.random.default_rng(0), np.zeros(2)
     for step in range(500):
         reference = 0.5 * np.stack([np.sin(0.1 * (step + np.arange(6))), np.cos(0.07 * (step + np.arange(6)))], axis=1)
@@ -163,7 +164,7 @@ def test_the_c_controller_does_what_the_python_one_does_for_500_steps(gauss_newt
 
 def test_y_that_is_not_finite_holds_the_last_input_warns_and_counts(tmp_path):
     controller, reference = two_by_two(), np.ones((6, 2))
-    compiled = controller.compile_to_c(tmp_path, dtype="double")
+    compiled = compile_controller(controller, tmp_path, dtype="double")
     u = controller.step([0.0, 0.0], reference)
     compiled.step([0.0, 0.0], reference)
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -266,3 +267,33 @@ def test_a_recording_that_cannot_be_learned_from_is_refused():
 
 def test_strict_flags_are_the_ones_that_the_checks_name():
     assert STRICT == ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
+
+
+@pytest.mark.parametrize("gauss_newton", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_number_in_the_reference_holds_the_last_input_and_no_more(bad, gauss_newton, tmp_path):
+    controller, reference = two_by_two(gauss_newton=gauss_newton), np.ones((6, 2))
+    compiled = compile_controller(controller, tmp_path, dtype="double")
+    u, _ = (each.step([0.0, 0.0], reference) for each in (controller, compiled))
+    broken = reference.copy()
+    broken[3, 1] = bad
+    kept = controller.U.copy()
+    with pytest.warns(RuntimeWarning, match="the reference is not finite"):
+        assert np.array_equal(controller.step([0.1, 0.1], broken), u)
+    assert np.allclose(compiled.step([0.1, 0.1], broken), u)
+    assert np.array_equal(controller.U, kept)
+    for _ in range(3):
+        ours, theirs = controller.step([0.1, 0.1], reference), compiled.step([0.1, 0.1], reference)
+        assert np.isfinite(ours).all()
+        assert np.allclose(ours, theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("gauss_newton", [False, True])
+def test_numbers_too_large_to_compute_with_leave_u_where_it_was(gauss_newton, tmp_path):
+    controller, reference = two_by_two(gauss_newton=gauss_newton), np.ones((6, 2))
+    compiled = compile_controller(controller, tmp_path, dtype="double")
+    for wanted in (reference, 1e200 * reference, reference):
+        with np.errstate(all="ignore"):
+            u, v = controller.step([0.0, 0.0], wanted), compiled.step([0.0, 0.0], wanted)
+        assert np.isfinite(u).all()
+        assert np.isfinite(v).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewer.control.smart_composites.network import Layer, Network
+from fewer.control.smart_composites.to_c.network import Layer, Network
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewer.control import compile_to_c
-from fewer.control.smart_composites.c_text import DOUBLE, FLOAT
-from fewer.control.smart_composites.comparison import LastStep
-from fewer.control.smart_composites.compiler import network_of, network_texts
-from fewer.control.smart_composites.toolchain import STRICT
+from fewer.control._shared.toolchain import STRICT
+from fewer.control.smart_composites.problems import LastStep
+from fewer.control.smart_composites.to_c.compiler import network_of, network_texts
+from fewer.control.smart_composites.to_c.text import DOUBLE, FLOAT
 
 torch.set_num_threads(1)
 SANITIZED = ("-O1", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fewer.control.smart_composites.network import Layer, Network, UnsupportedLayer
+from fewer.control.smart_composites.to_c.network import Layer, Network, UnsupportedLayer
 
 ACTIVATIONS: dict[str, tuple[str, tuple]] = {  # aten name -> our name and the defaults of its arguments after the first
     "relu": ("relu", ()),

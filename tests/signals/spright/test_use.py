@@ -15,7 +15,8 @@ from sklearn.tree import DecisionTreeRegressor
 
 from fewer.signals.spright import SparseSpectrum, SparseWalshRegressor, fwht, sparse_wht
 from fewer.signals.spright.command import wht
-from fewer.signals.spright.comparison import Network, PeerSignal, exact_support, k_sparse, k_sparse_array, lasso_on_pairs, r_squared
+from fewer.signals.spright.peers import PeerSignal, lasso_on_pairs
+from fewer.signals.spright.problems import Network, exact_support, k_sparse, k_sparse_array, r_squared
 from fewer.signals.spright.study import Workload, study
 from fewer.study import Scale, Trial
 from fewer.study.trial import FigureEvent, TrialSpec

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from fewer.control.smart_composites.toolchain import CORTEX_M4, run
+from fewer.control._shared.toolchain import CORTEX_M4, run
 
 TOOLS = ("arm-none-eabi-gcc", "qemu-system-arm")
 INSTALL = "apt install gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm"

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
-from fewer.signals.spright.bits import pack, signs, sum_of_parities, unpack
-from fewer.signals.spright.hashing import add_columns, distinct_offsets, partition_columns, rank, span
-from fewer.signals.spright.peeling import hash_all
+from fewer.signals.spright.bins.bits import pack, signs, sum_of_parities, unpack
+from fewer.signals.spright.bins.hashing import add_columns, distinct_offsets, partition_columns, rank, span
+from fewer.signals.spright.bins.peeling import hash_all
 from fewer.signals.spright.transform import bins_of, fwht
 
 

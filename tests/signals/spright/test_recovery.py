@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from fewer.meters import counting
 from fewer.signals.spright import ArrayFunction, SparseSpectrum, fwht, sparse_wht
-from fewer.signals.spright.bits import pack, signs
-from fewer.signals.spright.hashing import add_columns
-from fewer.signals.spright.offsets import choose_offsets
-from fewer.signals.spright.peeling import Limits, peel
+from fewer.signals.spright.bins.bits import pack, signs
+from fewer.signals.spright.bins.hashing import add_columns
+from fewer.signals.spright.bins.offsets import choose_offsets
+from fewer.signals.spright.bins.peeling import Limits, peel
 
 
 def random_spectrum(n: int, k: int, rng: np.random.Generator, *, equal: bool = False) -> SparseSpectrum:
