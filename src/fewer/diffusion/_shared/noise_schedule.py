@@ -13,6 +13,22 @@ from torch import Tensor
 
 Times = Float64[Tensor, "*times"]
 
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+FOREIGN = {  # settings of diffusers' configs under which x_t, the network's time or the solver's own steps mean something else
+    "rescale_betas_zero_snr": "makes lambda infinite at the last time",
+    "use_flow_sigmas": "is flow matching, whose x_t is (1 - sigma) x_0 + sigma noise",
+    "use_karras_sigmas": "chooses other noise levels than the solver's own spacing",
+    "use_exponential_sigmas": "chooses other noise levels than the solver's own spacing",
+    "use_beta_sigmas": "chooses other noise levels than the solver's own spacing",
+    "use_lu_lambdas": "chooses other noise levels than the solver's own spacing",
+    "thresholding": "changes every denoised image, so that the ODE is another one",
+}
+FOREIGN_KINDS = {  # a part of the class's name, or a setting that only this kind has
+    ("FlowMatch", "base_shift"): "flow matching",
+    ("EDM", "sigma_data"): "a network preconditioned as EDM's",
+    ("VeScheduler", "snr"): "a variance-exploding process",
+}
+
 
 class NoiseSchedule(ABC):
     """alpha, sigma and lambda = log(alpha / sigma) over a continuous time t, in float64.
@@ -39,19 +55,11 @@ class NoiseSchedule(ABC):
         """
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        config = getattr(config, "config", config)
+        name, config = type(config).__name__, getattr(config, "config", config)
         if not isinstance(config, Mapping):
-            raise ValueError(f"from_diffusers takes a scheduler or its config; got {type(config).__name__}")
-        if config.get("rescale_betas_zero_snr"):
-            raise ValueError(
-                "rescale_betas_zero_snr makes lambda infinite at the last time; expected a schedule with some signal at its end"
-            )
-        known = {
-            name: config[name]
-            for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-            if name in config
-        }
-        return DiscreteSchedule.from_betas(DDPMScheduler(**known).betas)
+            raise ValueError(f"from_diffusers takes a scheduler or its config; got {name}: give scheduler.config")
+        check_config(config)
+        return DiscreteSchedule.from_betas(DDPMScheduler(**{name: config[name] for name in BETAS if name in config}).betas)
 
     @staticmethod
     def linear(beta_0: float = 0.1, beta_1: float = 20.0) -> LinearSchedule:
@@ -108,7 +116,7 @@ class VariancePreserving(NoiseSchedule):
 
 @dataclass(frozen=True, eq=False)
 class DiscreteSchedule(VariancePreserving):
-    """T training steps, step i at t = (i + 1) / T; log alpha is linear between them. The network's time is (t - 1 / T) * 1000.
+    """T training steps, step i at t = (i + 1) / T; log alpha is linear between them. The network's time is i = (t - 1 / T) T.
 
     Args:
         log_alphas: float64 [T], falling: half the logarithm of diffusers' `alphas_cumprod`.
@@ -139,10 +147,10 @@ class DiscreteSchedule(VariancePreserving):
         return interpolate(self.log_alpha_of(lambda_), self.log_alphas.flip(0), self.times.flip(0))
 
     def timestep(self, t: Times) -> Times:
-        return (_double(t) - self.t_min) * 1000
+        return (_double(t) - self.t_min) * len(self.log_alphas)
 
     def time(self, timestep: Tensor | float) -> Times:
-        return _double(timestep) / 1000 + self.t_min
+        return _double(timestep) / len(self.log_alphas) + self.t_min
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,25 @@ class EDMSchedule(NoiseSchedule):
         return _double(timestep)
 
 
+def check_config(config: Mapping[str, Any]) -> None:
+    """ValueError, by name, where a scheduler's config does not describe a variance-preserving process by its betas."""
+    name = str(config.get("_class_name", "a scheduler"))
+    for (part, setting), meaning in FOREIGN_KINDS.items():
+        if part in name or setting in config:
+            raise ValueError(f"the config of {name} is {meaning}; expected one with betas, such as DDPMScheduler's: give that")
+    for setting, meaning in FOREIGN.items():
+        if config.get(setting):
+            raise ValueError(
+                f"{setting}={config[setting]} {meaning}; expected a config without it: set {setting}=False if the model was not made for it"
+            )
+    if str(config.get("prediction_type", "")).startswith("flow"):
+        raise ValueError(f"prediction_type {config['prediction_type']!r} is flow matching; expected epsilon, sample or v_prediction")
+    if not {"beta_start", "beta_schedule", "trained_betas"} & set(config):
+        raise ValueError(
+            f"the config of {name} has no betas; expected beta_start, beta_end and beta_schedule, or trained_betas"
+        )
+
+
 def interpolate(x: Times, xs: Float64[Tensor, "n"], ys: Float64[Tensor, "n"]) -> Times:
     """Linear between the points (xs rising, ys), and on along the outermost segments."""
     right = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
@@ -199,4 +226,4 @@ def interpolate(x: Times, xs: Float64[Tensor, "n"], ys: Float64[Tensor, "n"]) ->
 
 
 def _double(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64)
+    return torch.as_tensor(value).to("cpu", torch.float64)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +12,11 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor, nn
 
+from fewer.files import model_digest as model_hash
+from fewer.files import read_json, read_weights, whole_file
+
 WEIGHTS, META = "ems.safetensors", "ems.json"
+CURVES = ("lambdas", "l", "s", "b")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,20 +103,14 @@ class EMS:
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write it into a directory (`ems.safetensors`, `ems.json`), which appears whole; EMS that stand there are replaced."""
+        """Write it into a directory (`ems.safetensors`, `ems.json`), each file whole; EMS that stand there are replaced."""
         from safetensors.torch import save_file
 
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=directory, prefix=".ems-"))
-        try:
-            tensors = {name: getattr(self, name).contiguous() for name in ("lambdas", "l", "s", "b")}
-            save_file(tensors, part / WEIGHTS)
-            (part / META).write_text(json.dumps(dict(self.meta), indent=2))
-            for name in (META, WEIGHTS):  # the weights last: they say that it is whole
-                (part / name).replace(directory / name)
-        finally:
-            shutil.rmtree(part)
+        with whole_file(directory / META, overwrite=True) as part:
+            part.write_text(json.dumps(dict(self.meta), indent=2))
+        with whole_file(directory / WEIGHTS, overwrite=True) as part:  # last: they say that it is whole
+            save_file({name: getattr(self, name).contiguous() for name in CURVES}, part)
 
     @staticmethod
     def from_pretrained(directory: str | Path, model: nn.Module | None = None) -> EMS:
@@ -126,28 +121,20 @@ class EMS:
 
         Raises:
             FileNotFoundError: no EMS there.
-            ValueError: of another model.
+            ValueError: of another model, or files that are cut off.
         """
-        from safetensors.torch import load_file
-
         directory = Path(directory)
         if not (directory / WEIGHTS).is_file() or not (directory / META).is_file():
             raise FileNotFoundError(
                 f"{directory} has no {WEIGHTS} and {META}; expected a directory that save_pretrained or `fewer ems` wrote"
             )
-        ems = EMS(**load_file(directory / WEIGHTS), meta=json.loads((directory / META).read_text()))
+        read = read_weights(directory / WEIGHTS)
+        if set(read) != set(CURVES):
+            raise ValueError(f"{directory / WEIGHTS} holds {', '.join(sorted(read))}; expected {', '.join(CURVES)}: estimate EMS again")
+        ems = EMS(**read, meta=read_json(directory / META))
         if model is not None:
             ems.check_model(model)
         return ems
-
-
-def model_hash(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell a model's weights from others'."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _constant(lambdas: Tensor, l: float, s: float) -> EMS:  # noqa: E741

@@ -11,33 +11,40 @@ samples does, with two Jacobian-vector products a point. Where l is near 1, f is
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fewer.checks import check_choice, check_whole
 from fewer.diffusion._shared import NoiseSchedule
-from fewer.diffusion._shared.prediction import Epsilon
+from fewer.diffusion._shared.prediction import Epsilon, NetworkEpsilon
 from fewer.diffusion.dpm_solver_v3.ems import EMS, model_hash
 
 Mode = Literal["forward", "double-backward"]
 FEWEST_SAMPLES = 64
 NO_VARIANCE = 1e-10  # of E f^2: below it f is a constant and s is 0 (not in the paper)
-ROUNDING = 1e-14  # of the sums that f^2 is a difference of
-PRODUCTS = ("u", "y", "p", "uu", "uy", "yy", "up", "yp")  # p stands for u'
+SUM_ROUNDING = 1e-14  # of the float64 sums that the variance of f is a difference of
+POINT_ROUNDING = 16  # roundings of x / alpha, in the computation's own type, that f may err by: variance below that is noise
 
 
 @dataclass
 class Moments:
-    """Means over the samples at one lambda, float64 [*shape]: of sigma (J v) v, and of u, y, u' and their products."""
+    """Sums or means over the samples at one lambda, float64 [*shape]: of sigma (J v) v, and of u, y, p = u' and their products."""
 
     diagonal: Tensor
     of: dict[str, Tensor]
+
+    def plus(self, other: Moments) -> Moments:
+        return Moments(self.diagonal + other.diagonal, {name: value + other.of[name] for name, value in self.of.items()})
 
     def divided_by(self, count: int) -> Moments:
         return Moments(self.diagonal / count, {name: value / count for name, value in self.of.items()})
@@ -45,7 +52,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class PointTerms:
-    """Of samples at one lambda, [B, *shape]: u, y, u', and sigma (J v) v."""
+    """Of samples at one lambda, float64 [B, *shape]: u, y, u', and sigma (J v) v."""
 
     u: Tensor
     y: Tensor
@@ -53,9 +60,9 @@ class PointTerms:
     diagonal: Tensor
 
     def moments(self) -> Moments:
-        u, y, p = (each.double() for each in (self.u, self.y, self.p))
+        u, y, p = self.u, self.y, self.p
         products = {"u": u, "y": y, "p": p, "uu": u * u, "uy": u * y, "yy": y * y, "up": u * p, "yp": y * p}
-        return Moments(self.diagonal.double().sum(0), {name: value.sum(0) for name, value in products.items()})
+        return Moments(self.diagonal.sum(0), {name: value.sum(0) for name, value in products.items()})
 
 
 def f_and_derivative(terms: PointTerms, l: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
@@ -64,8 +71,13 @@ def f_and_derivative(terms: PointTerms, l: Tensor, slope: Tensor) -> tuple[Tenso
     return u + (1 - l) * y, terms.p - (1 - l) * (u + y) - slope * y
 
 
-def regression(moments: Moments, l: Tensor, slope: Tensor) -> tuple[Float64[Tensor, "*shape"], Float64[Tensor, "*shape"]]:  # noqa: E741
-    """(s, b): per element the line f^(1) = s f + b through the samples; s = 0 where f does not vary."""
+def regression(
+    moments: Moments,
+    l: Tensor,  # noqa: E741
+    slope: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Float64[Tensor, "*shape"], Float64[Tensor, "*shape"]]:
+    """(s, b): per element the line f^(1) = s f + b through the samples; s = 0 where f varies by no more than `dtype` rounds."""
     m, c, d = moments.of, 1 - l, -slope
     # of y' = -(u + y)
     q, uq, yq = -(m["u"] + m["y"]), -(m["uu"] + m["uy"]), -(m["uy"] + m["yy"])
@@ -74,7 +86,8 @@ def regression(moments: Moments, l: Tensor, slope: Tensor) -> tuple[Float64[Tens
     square = m["uu"] + 2 * c * m["uy"] + c**2 * m["yy"]
     product = m["up"] + c * uq + d * m["uy"] + c * (m["yp"] + c * yq + d * m["yy"])
     variance = square - mean_f**2
-    varies = variance > NO_VARIANCE * square + ROUNDING * (m["uu"] + c**2 * m["yy"])
+    rounding = SUM_ROUNDING + (POINT_ROUNDING * torch.finfo(dtype).eps) ** 2
+    varies = variance > NO_VARIANCE * square + rounding * (m["uu"] + (1 + c**2) * m["yy"])
     s = torch.where(varies, (product - mean_f * mean_derivative) / torch.where(varies, variance, 1.0), 0.0)
     return s, mean_derivative - s * mean_f
 
@@ -90,17 +103,20 @@ def point_terms(
     """
     t, t_slope = _jvp(schedule.inverse, (lambda_,), (torch.ones_like(lambda_),))  # dt / dlambda
     _, log_alpha_slope = _jvp(lambda value: schedule.log_alpha(schedule.inverse(value)), (lambda_,), (torch.ones_like(lambda_),))
-    alpha, sigma = schedule.alpha(t).to(clean), schedule.sigma(t).to(clean)
-    x = alpha * clean + sigma * noise
+    alpha, sigma = (each.to(clean.device) for each in (schedule.alpha(t), schedule.sigma(t)))
+    x = (alpha * clean.double() + sigma * noise.double()).to(clean.dtype)
     product = _jvp if mode == "forward" else _double_backward
     noise_seen, along_probe = product(lambda state: eps(state, t), (x,), (probe,))
     if noise_seen.shape != x.shape:
         raise ValueError(
             f"eps gives {tuple(noise_seen.shape)} for x {tuple(x.shape)}; expected the shape of x: a network of one noise each"
         )
-    x_slope = log_alpha_slope.to(x) * x - sigma * noise_seen  # dx / dlambda
-    _, along_flow = product(eps, (x, t), (x_slope, t_slope))  # eps^(1)
-    return PointTerms((sigma * noise_seen - x) / alpha, x / alpha, sigma / alpha * along_flow, sigma * along_probe * probe)
+    double, seen = x.double(), noise_seen.double()  # u is a difference of two large numbers at noisy times
+    x_slope = log_alpha_slope.to(double) * double - sigma * seen  # dx / dlambda
+    _, along_flow = product(eps, (x, t), (x_slope.to(x.dtype), t_slope))  # eps^(1)
+    return PointTerms(
+        (sigma * seen - double) / alpha, double / alpha, sigma / alpha * along_flow.double(), sigma * (along_probe * probe).double()
+    )
 
 
 def estimate_ems(
@@ -113,7 +129,7 @@ def estimate_ems(
     common_noise: bool = True,
     generator: torch.Generator | None = None,
     progress: bool = True,
-    mode: Mode = "forward",
+    mode: Mode | None = None,
     model: nn.Module | None = None,
 ) -> EMS:
     """l, s and b of a noise predictor, on a grid of equal steps of lambda over the schedule's whole range.
@@ -122,9 +138,9 @@ def estimate_ems(
 
     Args:
         eps: eps(x, t) at a float64 scalar t of the schedule (`as_epsilon` makes one of a network); without guidance, also where the
-            sampler is guided at moderate scales.
+            sampler is guided at moderate scales. Its `class_labels` and the like have a row for each of the M samples.
         data: clean samples as the network saw them in training, or (guided latent models) samples of the model: not the noises that are
-            sampled from later. Their device and type are those of the computation.
+            sampled from later. Their device and type are those of the computation (sums are float64); float32 or float64.
         num_timesteps: N; the grid has one point more.
         num_samples: K.
         batch_size: samples in one call.
@@ -132,7 +148,8 @@ def estimate_ems(
             many steps stops falling.
         generator: on the CPU; draws samples, noises and probes.
         progress: show a bar on a terminal.
-        mode: "double-backward" for a network that has no forward-mode derivative.
+        mode: "forward", or "double-backward" for a network that torch has no forward derivative of, as of most of diffusers' U-Nets
+            (about a third dearer); by default forward where it works.
         model: where given, its hash is kept with the EMS.
 
     Raises:
@@ -145,35 +162,34 @@ def estimate_ems(
         >>> torch.allclose(ems.l[:, 0].double(), 1 / (1 + (2 * ems.lambdas).exp()), atol=1e-6)
         True
     """
-    if num_timesteps < 2 or num_samples < 1 or batch_size < 1:
-        raise ValueError(f"{num_timesteps=}, {num_samples=}, {batch_size=}; expected at least 2, 1 and 1")
-    if mode not in ("forward", "double-backward"):
-        raise ValueError(f'mode is {mode!r}; expected "forward" or "double-backward"')
-    if not data.is_floating_point() or data.ndim < 2 or not len(data):
-        raise ValueError(f"data is {tuple(data.shape)} {data.dtype}; expected floating-point samples [M, *shape], M >= 1")
+    check_whole(least=2, num_timesteps=num_timesteps)
+    check_whole(num_samples=num_samples, batch_size=batch_size)
+    check_choice((None, "forward", "double-backward"), mode=mode)
+    if data.dtype not in (torch.float32, torch.float64) or data.ndim < 2 or not len(data):
+        raise ValueError(
+            f"data is {tuple(data.shape)} {data.dtype}; expected float32 or float64 samples [M, *shape], M >= 1: convert them and the "
+            "network with .float(), as derivatives in half precision are noise"
+        )
     if num_samples < FEWEST_SAMPLES:
         warnings.warn(f"{num_samples} samples give noisy statistics; {FEWEST_SAMPLES} or more are better", stacklevel=2)
     first, last = (float(schedule.lambda_(torch.tensor(t, dtype=torch.float64))) for t in (schedule.t_max, schedule.t_min))
     lambdas = torch.linspace(first, last, num_timesteps + 1, dtype=torch.float64)
     draws = _Draws(data, num_samples, batch_size, common_noise, generator)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward derivative
-        _try_out(eps, schedule, draws, lambdas[num_timesteps // 2], mode)
+        chosen = _mode_that_works(eps, schedule, draws, lambdas[num_timesteps // 2], mode)
 
     def moments_at(i: int) -> Moments:
-        total: Moments | None = None
-        for clean, noise, probe in draws.at(i):
-            part = point_terms(eps, schedule, clean, noise, probe, lambdas[i], mode).moments()
-            if total is None:
-                total = part
-            else:
-                total.diagonal += part.diagonal
-                for name in PRODUCTS:
-                    total.of[name] += part.of[name]
-        assert total is not None
-        return total.divided_by(num_samples)
+        parts = (
+            point_terms(_of_rows(eps, rows, len(data)), schedule, *drawn, lambdas[i], chosen).moments() for rows, *drawn in draws.at(i)
+        )
+        return functools.reduce(Moments.plus, parts).divided_by(num_samples)
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _bar(num_timesteps + 1, progress) as advance:
-        curves = _finish((moments_at(i) for i in range(num_timesteps + 1)), float(lambdas[1] - lambdas[0]), advance)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        console = Console(stderr=True)
+        steps = track(
+            range(num_timesteps + 1), "empirical model statistics", console=console, disable=not (progress and console.is_terminal)
+        )
+        curves = _finish((moments_at(i) for i in steps), float(lambdas[1] - lambdas[0]), data.dtype)
     meta = {
         "model": model_hash(model) if model is not None else None,
         "num_samples": num_samples,
@@ -183,7 +199,7 @@ def estimate_ems(
     return EMS(lambdas, *(torch.stack(curve).float().cpu() for curve in curves), meta=meta)
 
 
-def _finish(moments: Iterator[Moments], spacing: float, advance: Callable[[], None]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _finish(moments: Iterator[Moments], spacing: float, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """l, s and b of each lambda; of the moments only those of three neighbours are held at once."""
     l, s, b = [], [], []  # noqa: E741
     waiting: Moments | None = None
@@ -192,12 +208,11 @@ def _finish(moments: Iterator[Moments], spacing: float, advance: Callable[[], No
         if waiting is not None:
             behind = l[-3] if len(l) > 2 else l[-2]
             slope = (l[-1] - behind) / (spacing * (2 if len(l) > 2 else 1))  # central inside, one-sided at the first
-            for curve, value in zip((s, b), regression(waiting, l[-2], slope), strict=True):
+            for curve, value in zip((s, b), regression(waiting, l[-2], slope, dtype), strict=True):
                 curve.append(value)
         waiting = here
-        advance()
     assert waiting is not None
-    for curve, value in zip((s, b), regression(waiting, l[-1], (l[-1] - l[-2]) / spacing), strict=True):
+    for curve, value in zip((s, b), regression(waiting, l[-1], (l[-1] - l[-2]) / spacing, dtype), strict=True):
         curve.append(value)
     return l, s, b
 
@@ -215,31 +230,44 @@ class _Draws:
         every = [torch.randperm(len(self.data), generator=generator) for _ in range(-(-count // len(self.data)))]
         return torch.cat(every)[:count]
 
-    def at(self, i: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def at(self, i: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(rows of the data, clean samples, noises, probes), batch by batch."""
         draw = torch.Generator().manual_seed(self.seed + 1 + (0 if self.common else i))
         rows = self.rows if self.common else self._rows(draw, len(self.rows))
         for part in rows.split(self.sizes):
             clean = self.data[part.to(self.data.device)]
             noise = torch.randn(clean.shape, generator=draw, dtype=clean.dtype)
             probe = torch.randint(2, clean.shape, generator=draw).to(clean.dtype) * 2 - 1
-            yield clean, noise.to(clean.device), probe.to(clean.device)
+            yield part, clean, noise.to(clean.device), probe.to(clean.device)
 
 
-def _try_out(eps: Epsilon, schedule: NoiseSchedule, draws: _Draws, lambda_: Tensor, mode: Mode) -> None:
-    """Call the network once, and once for its derivative, so that trouble with either is told apart."""
-    clean, noise, probe = (each[:2] for each in next(draws.at(0)))  # one sample alone hides what torch refuses of strides
+def _of_rows(eps: Epsilon, rows: Tensor, count: int) -> Epsilon:
+    """The network with the labels and the like of these rows of the data, where it has such."""
+    return eps.of_rows(rows, count) if isinstance(eps, NetworkEpsilon) else eps
+
+
+def _mode_that_works(eps: Epsilon, schedule: NoiseSchedule, draws: _Draws, lambda_: Tensor, wanted: Mode | None) -> Mode:
+    """Call the network once, and once for its derivative, so that trouble with either is told apart; how it is differentiated."""
+    rows, *drawn = (each[:2] for each in next(draws.at(0)))  # one sample alone hides what torch refuses of strides
+    clean, noise, _ = drawn
+    eps = _of_rows(eps, rows, len(draws.data))
     with torch.no_grad():
         try:
             eps(clean + noise, schedule.inverse(lambda_))
         except Exception as error:
             raise ValueError(
-                f"the network does not take samples {tuple(clean.shape[1:])} ({type(error).__name__}: {error}); give data of its own shape and type"
+                f"the network does not take samples {tuple(clean.shape[1:])} ({type(error).__name__}: {error}); "
+                "give data of its own shape and type, and a label for each of them where it takes labels"
             ) from error
+        tried: Mode = wanted or "forward"
         try:
-            point_terms(eps, schedule, clean, noise, probe, lambda_, mode)
+            point_terms(eps, schedule, *drawn, lambda_, tried)
         except (NotImplementedError, RuntimeError) as error:
-            remedy = 'give mode="double-backward"' if mode == "forward" else "a differentiable network is needed"
-            raise ValueError(f"the network cannot be differentiated in {mode} mode ({error}); {remedy}") from error
+            if wanted is None:
+                return _mode_that_works(eps, schedule, draws, lambda_, "double-backward")
+            remedy = 'give mode="double-backward"' if wanted == "forward" else "a differentiable network is needed"
+            raise ValueError(f"the network cannot be differentiated in {wanted} mode ({error}); {remedy}") from error
+    return tried
 
 
 def _jvp(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -257,22 +285,3 @@ def _double_backward(function: Callable[..., Tensor], at: tuple[Tensor, ...], al
         pairs = [(gradient, direction) for gradient, direction in zip(back, along, strict=True) if gradient is not None]
         (product,) = torch.autograd.grad([gradient for gradient, _ in pairs], [vector], [direction for _, direction in pairs])
     return value.detach(), product.detach()
-
-
-class _bar:
-    """A bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._progress: Any = Progress(console=console, disable=not (wanted and console.is_terminal))
-        self._task = self._progress.add_task("empirical model statistics", total=total)
-
-    def __enter__(self) -> Callable[[], None]:
-        self._progress.start()
-        return lambda: self._progress.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

@@ -11,10 +11,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from jaxtyping import Float
 from torch import Tensor
 
-from fewer.diffusion._shared import PREDICTIONS, NoiseSchedule, to_epsilon
+from fewer.diffusion._shared import NoiseSchedule, to_epsilon
+from fewer.diffusion._shared.noise_schedule import check_config
+from fewer.diffusion._shared.prediction import at_least_single, check_prediction
 from fewer.diffusion.dpm_solver_v3.ems import EMS, WEIGHTS
-from fewer.diffusion.dpm_solver_v3.integrals import Integrals
+from fewer.diffusion.dpm_solver_v3.local_update import Integrals
 from fewer.diffusion.dpm_solver_v3.multistep import Multistep, Plan, SolverConfig, make_plan
+
+SAME_TIME = 1e-3  # of a training step: two times that are nearer are one
 
 
 class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
@@ -28,8 +32,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             `preset` gives the paper's.
 
     Attributes:
-        timesteps: float64 [n], fractional: (t - 1 / T) * 1000.
+        timesteps: float64 [n], fractional: (t - 1 / T) T, T = num_train_timesteps.
         init_noise_sigma: 1.0.
+        begin_index: the step that sampling begins with, where `set_begin_index` said so.
 
     Examples:
         >>> from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -67,8 +72,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if not isinstance(ems, EMS):
             raise ValueError(f"ems is {type(ems).__name__}; expected EMS: estimate_ems(...) or EMS.from_pretrained(directory)")
-        if prediction_type not in PREDICTIONS:
-            raise ValueError(f"prediction_type {prediction_type!r}; expected one of {', '.join(PREDICTIONS)}")
+        check_prediction(prediction_type)
         solver = {
             "solver_order": solver_order,
             "pseudo_predictor": pseudo_predictor,
@@ -95,20 +99,19 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         self._plan: Plan | None = None
         self._placed: Plan | None = None
         self._solver: Multistep | None = None
+        self._begin = 0
+        self.begin_index: int | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From another scheduler's config, with `ems=`; keywords override what stands in it.
 
         Raises:
-            ValueError: no EMS, or a config with rescale_betas_zero_snr, whose lambda is infinite at its end.
+            ValueError: no EMS, or a config that means something else than noise added by betas (flow matching, EDM, thresholding, ...).
         """
         if "ems" not in kwargs:
             raise ValueError("from_config without EMS; expected from_config(config, ems=...): estimate_ems(...) makes them")
-        if config.get("rescale_betas_zero_snr"):
-            raise ValueError(
-                "rescale_betas_zero_snr makes lambda infinite at the last time; expected a schedule with some signal at its end"
-            )
+        check_config(config)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -132,9 +135,16 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         """
         self._integrals = self._integrals or Integrals(self.ems)
         self._plan = make_plan(self.ems, self.schedule, num_inference_steps, self._solver_config, self._integrals)
-        self._placed, self._solver = None, None
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self.schedule.timestep(self._plan.times[:-1]).to(device)
+        self._times = self.schedule.timestep(self._plan.times[:-1])
+        self.timesteps = self._times.to(device)
+        self._placed, self._solver, self._begin, self.begin_index = None, None, 0, None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at `timesteps[begin_index]`, as image-to-image and inpainting do; also found from the time of the first step."""
+        if not 0 <= begin_index < len(self.timesteps):
+            raise ValueError(f"begin_index is {begin_index}; expected 0 to {len(self.timesteps) - 1}: call set_timesteps(n) before")
+        self.begin_index, self._solver = begin_index, None
 
     def restart(self) -> None:
         """Begin another sample with the same timesteps, whose coefficients are kept."""
@@ -148,25 +158,45 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The sample at the next time. Steps are taken in the order of `timesteps`; nothing is drawn from `generator`.
+        """The sample at the next time. Steps are taken in the order of `timesteps`, from any of them on; nothing is drawn from `generator`.
 
         Raises:
             ValueError: before set_timesteps, after the last step, at another time than the next one, or EMS of another shape.
+
+        Warns:
+            UserWarning: the network answers in half precision, and its rounding costs more than the solver gains.
         """
         if self._plan is None:
             raise ValueError("step before set_timesteps; call set_timesteps(n) first")
-        if self._placed is None or self._placed.f_of_eps[0].dtype != sample.dtype or self._placed.f_of_eps[0].device != sample.device:
-            self.ems.check_shape(sample.shape[1:])
-            self._placed = self._plan.to(sample)
-        if self._solver is None:
-            self._solver = Multistep(self._placed)
-        m = self._solver.m
-        if m == self.num_inference_steps or abs(float(timestep) - float(self.timesteps[m])) > 1e-3:
-            expected = "none: all steps are taken" if m == self.num_inference_steps else f"{float(self.timesteps[m]):.6g}"
-            raise ValueError(f"step at time {float(timestep):.6g}; expected {expected}. Call set_timesteps(n) before each sample")
-        eps = to_epsilon(model_output, sample, self._plan.alphas[m], self._plan.sigmas[m], self.config["prediction_type"])
-        moved = self._solver.step(eps, sample)
+        solver = self._solver or self._begin_at(timestep, sample, model_output.dtype)
+        m, time = self._begin + solver.m, float(timestep)
+        if m == self.num_inference_steps or abs(time - float(self._times[m])) > SAME_TIME:
+            expected = "none: all steps are taken" if m == self.num_inference_steps else f"{float(self._times[m]):.6g}"
+            raise ValueError(f"step at time {time:.6g}; expected {expected}. Call set_timesteps(n) before each sample")
+        self._solver = solver
+        eps = to_epsilon(model_output, sample, solver.plan.alphas[solver.m], solver.plan.sigmas[solver.m], self.config["prediction_type"])
+        moved = solver.step(eps, sample).to(sample.dtype)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def _begin_at(self, timestep: Tensor | float, sample: Tensor, output: torch.dtype) -> Multistep:
+        """A solver whose first step is at this time, its coefficients where the sample is; history begins there too."""
+        self.ems.check_shape(sample.shape[1:])
+        assert self._plan is not None
+        assert self.num_inference_steps is not None
+        gaps = (self._times - float(timestep)).abs()
+        begin = self.begin_index if self.begin_index is not None else int(gaps.argmin()) if float(gaps.min()) <= SAME_TIME else 0
+        if begin != self._begin:
+            self._begin, self._placed = begin, None
+            self._plan = make_plan(self.ems, self.schedule, self.num_inference_steps, self._solver_config, self._integrals, begin)
+        if output in (torch.float16, torch.bfloat16):
+            one, kind = torch.ones((), dtype=torch.float64), self.config["prediction_type"]
+            levels = zip(self._plan.alphas[:-1], self._plan.sigmas[:-1], strict=True)
+            self._plan.warn_of_rounding(output, [float(to_epsilon(one, 0 * one, *level, kind).abs()) for level in levels])
+        dtype = at_least_single(sample.dtype)
+        placed = self._placed
+        if placed is None or placed.f_of_eps[0].dtype != dtype or placed.f_of_eps[0].device != sample.device:
+            self._placed = placed = self._plan.to(sample.to(dtype))
+        return Multistep(placed)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The sample as it is."""
@@ -174,8 +204,10 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x_0 + sigma noise at network times [B], which may be fractional."""
-        t = self.schedule.time(timesteps.cpu()).reshape(-1, *[1] * (original_samples.ndim - 1))
-        return self.schedule.alpha(t).to(original_samples) * original_samples + self.schedule.sigma(t).to(original_samples) * noise
+        t = self.schedule.time(timesteps).reshape(-1, *[1] * (original_samples.ndim - 1))
+        clean = original_samples.to(at_least_single(original_samples.dtype))
+        noisy = self.schedule.alpha(t).to(clean) * clean + self.schedule.sigma(t).to(clean) * noise.to(clean)
+        return noisy.to(original_samples.dtype)
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]

@@ -13,8 +13,8 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from exact_flows import EDM, flow, grid, mixture, noise_of, randn, wavy
 from PIL import Image
-from test_dpm_solver_v3 import EDM, flow, grid, mixture, noise_of, randn, wavy
 
 from fewer.diffusion import EMS, DPMSolverV3Scheduler, estimate_ems, model_hash, sample
 from fewer.diffusion._shared import GaussianMixture, NoiseSchedule, as_epsilon
@@ -89,99 +89,6 @@ def test_without_common_noise_l_is_a_noisy_curve():
     assert roughness(True) < 0.1 * roughness(False)
 
 
-# In diffusers
-
-
-@pytest.fixture(scope="module")
-def unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    net = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    return net.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def ems(unet) -> EMS:
-    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return estimate_ems(as_epsilon(unet, VP), VP, images, 24, 64, 64, progress=False, model=unet, mode="double-backward")
-
-
-def test_the_schedulers_loop_is_the_function_bit_for_bit(unet, ems):
-    options = {"corrector": "full", "pseudo_predictor": True}
-    scheduler = DPMSolverV3Scheduler.from_config(DDPMScheduler().config, ems=ems, **options)
-    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    for _ in range(2):  # set_timesteps forgets all of the sample before
-        scheduler.set_timesteps(6)
-        x = noise * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            x = scheduler.step(unet(scheduler.scale_model_input(x, t), t).sample, t, x).prev_sample
-        assert torch.equal(x, sample(as_epsilon(unet, VP), noise, VP, ems, 6, **options))
-    scheduler.set_timesteps(6)
-    scheduler.step(noise, scheduler.timesteps[0], noise)  # broken off
-    scheduler.set_timesteps(6)
-    x = noise
-    for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t).sample, t, x, return_dict=False)[0]
-    assert torch.equal(x, sample(as_epsilon(unet, VP), noise, VP, ems, 6, **options))
-
-
-@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
-def test_other_predictions_give_the_same_sample(ems, kind):
-    data_noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def run(prediction: str) -> torch.Tensor:
-        scheduler = DPMSolverV3Scheduler(ems, prediction_type=prediction)
-        scheduler.set_timesteps(5)
-        x = data_noise
-        for t in scheduler.timesteps:
-            time = VP.time(t)
-            alpha, sigma = VP.alpha(time), VP.sigma(time)
-            eps = torch.tanh(x)
-            output = {"epsilon": eps, "sample": (x - sigma * eps) / alpha, "v_prediction": alpha * eps - sigma * (x - sigma * eps) / alpha}
-            x = scheduler.step(output[prediction], t, x).prev_sample
-        return x
-
-    assert torch.allclose(run(kind), run("epsilon"), atol=1e-9)
-
-
-def test_it_samples_in_a_pipeline_of_diffusers(unet, ems):
-    pipeline = DDPMPipeline(unet, DDPMScheduler())
-    pipeline.scheduler = DPMSolverV3Scheduler.from_config(pipeline.scheduler.config, ems=ems)
-    pipeline.set_progress_bar_config(disable=True)
-    draw = torch.Generator().manual_seed(3)
-    images = pipeline(batch_size=2, generator=draw, num_inference_steps=5, output_type="pt").images
-    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    expected = (sample(as_epsilon(unet, VP), noise, VP, ems, 5) / 2 + 0.5).clamp(0, 1)
-    assert torch.equal(images, expected)
-
-
-def test_added_noise_is_that_of_ddpm(ems):
-    x, noise, t = torch.ones(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([0, 500, 999])
-    assert torch.allclose(DPMSolverV3Scheduler(ems).add_noise(x, noise, t), DDPMScheduler().add_noise(x, noise, t), atol=1e-5)
-
-
-def test_statistics_and_scheduler_survive_their_files(tmp_path, unet, ems):
-    scheduler = DPMSolverV3Scheduler(ems, corrector="half", spacing="time_uniform")
-    scheduler.save_pretrained(tmp_path)
-    again = DPMSolverV3Scheduler.from_pretrained(str(tmp_path))
-    assert again.config["corrector"] == "half"
-    read = EMS.from_pretrained(tmp_path, model=unet)
-    for name in ("lambdas", "l", "s", "b"):
-        assert torch.equal(getattr(again.ems, name), getattr(ems, name))
-        assert torch.equal(getattr(read, name), getattr(ems, name))
-    assert read.meta == ems.meta
-    assert read.meta["model"] == model_hash(unet)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["ems.json", "ems.safetensors", "scheduler_config.json"]
-
-
 def test_scalar_statistics_are_means_and_hold_for_every_shape(ems):
     scalar = ems.scalar()
     assert scalar.sample_shape == (1, 1, 1)
@@ -210,7 +117,7 @@ def still(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         (COARSE, LINEAR, 5, {"solver_order": 5}, "solver_order is 5; expected 1 to 4"),
         (COARSE, LINEAR, 5, {"solver_order": 0}, "solver_order is 0; expected 1 to 4"),
         (COARSE, LINEAR, 5, {"corrector": "some"}, "corrector is 'some'; expected one of none, full, half"),
-        (COARSE, LINEAR, 0, {}, "0 steps"),
+        (COARSE, LINEAR, 0, {}, "steps is 0; expected a whole number of at least 1"),
     ],
 )
 def test_a_sampling_that_cannot_be_is_refused_with_the_remedy(ems, schedule, steps, options, words):
@@ -243,8 +150,10 @@ def test_data_that_the_model_does_not_take_are_refused(unet):
         estimate_ems(as_epsilon(unet, VP), VP, torch.zeros(64, 3, 8, 8), 8, 64, progress=False)
     with pytest.raises(ValueError, match="expected the shape of x"):
         estimate_ems(lambda x, t: x[:, :1], VP, torch.zeros(64, 3), 8, 64, progress=False)
-    with pytest.raises(ValueError, match="expected floating-point samples"):
+    with pytest.raises(ValueError, match="expected float32 or float64 samples"):
         estimate_ems(still, VP, torch.zeros(64, 3, dtype=torch.uint8), 8, 64, progress=False)
+    with pytest.raises(ValueError, match="derivatives in half precision are noise"):
+        estimate_ems(still, VP, torch.zeros(64, 3, dtype=torch.bfloat16), 8, 64, progress=False)
 
 
 class NoForward(torch.autograd.Function):
@@ -260,47 +169,55 @@ class NoForward(torch.autograd.Function):
         return gradient * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
 
 
-def test_a_network_without_forward_derivatives_is_offered_the_other_mode():
+def test_a_network_without_forward_derivatives_is_differentiated_the_other_way():
     with pytest.raises(ValueError, match='mode="double-backward"'):
-        estimate_ems(lambda x, t: NoForward.apply(x), LINEAR, randn(64, 2), 8, 64, progress=False)
+        estimate_ems(lambda x, t: NoForward.apply(x), LINEAR, randn(64, 2), 8, 64, progress=False, mode="forward")
     draws = [torch.Generator().manual_seed(0) for _ in range(2)]
-    ours = estimate_ems(
-        lambda x, t: NoForward.apply(x), LINEAR, randn(64, 2), 8, 64, generator=draws[0], progress=False, mode="double-backward"
-    )
+    ours = estimate_ems(lambda x, t: NoForward.apply(x), LINEAR, randn(64, 2), 8, 64, generator=draws[0], progress=False)
     twin = estimate_ems(lambda x, t: torch.tanh(x), LINEAR, randn(64, 2), 8, 64, generator=draws[1], progress=False)
     assert torch.allclose(ours.s, twin.s, atol=1e-5)
+
+
+def test_of_diffusers_u_nets_statistics_can_be_estimated_by_default(unet):
+    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ems = estimate_ems(as_epsilon(unet, VP), VP, images, 2, 64, progress=False)
+    assert ems.sample_shape == (1, 8, 8)
+
+
+def test_labels_follow_their_samples_through_the_batches():
+    """A network whose answer is its label's: batches of 24, 24 and 16 of 64 labels."""
+    labels, seen = torch.arange(64), []
+    data = labels.double()[:, None].expand(64, 2)
+
+    def network(x, timestep, class_labels):
+        seen.append(class_labels)
+        return x * class_labels[:, None]
+
+    eps = as_epsilon(network, DDPMScheduler(), class_labels=labels)
+    ems = estimate_ems(eps, VP, data, 2, 64, 24, progress=False)
+    assert torch.cat(seen[3:9:2]).sort().values.tolist() == labels.tolist()  # after the trials, each batch twice
+    sigma = VP.sigma(VP.inverse(ems.lambdas))
+    assert torch.allclose(ems.l[:, 0].double(), sigma * labels.double().mean(), rtol=1e-5)
+    one = as_epsilon(lambda x, t, y: x * y, DDPMScheduler(), y=torch.ones(1, 1).double())
+    assert estimate_ems(one, VP, data, 2, 64, 24, progress=False).l.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gaussian_has_no_slope_whatever_the_precision(dtype):
+    """What varies by no more than its own type rounds does not vary."""
+    draw = torch.Generator().manual_seed(0)
+    data = 0.5 * torch.randn(512, 4, generator=draw, dtype=dtype)
+    edm = NoiseSchedule.edm()
+    ems = estimate_ems(lambda x, t: x * t.to(x) / (0.25 + t.to(x) ** 2), edm, data, 60, 512, generator=draw, progress=False)
+    assert ems.s.abs().max() < 1e-6
+    noise = 80 * torch.randn(64, 4, generator=draw, dtype=dtype)
+    end = sample(lambda x, t: x * t.to(x) / (0.25 + t.to(x) ** 2), noise, edm, ems, 5)
+    assert torch.allclose(end, noise * math.sqrt((0.25 + 0.002**2) / (0.25 + 80**2)), atol=1e-2)
 
 
 def test_few_samples_are_warned_of():
     with pytest.warns(UserWarning, match="63 samples give noisy statistics"):
         estimate_ems(still, LINEAR, randn(63, 2), 4, 63, progress=False)
-
-
-def test_steps_out_of_turn_are_refused(ems):
-    scheduler, x = DPMSolverV3Scheduler(ems), torch.zeros(1, 1, 8, 8)
-    with pytest.raises(ValueError, match="call set_timesteps"):
-        scheduler.step(x, 999.0, x)
-    scheduler.set_timesteps(2)
-    with pytest.raises(ValueError, match="expected 999"):
-        scheduler.step(x, 10.0, x)
-    for t in scheduler.timesteps:
-        scheduler.step(x, t, x)
-    with pytest.raises(ValueError, match="all steps are taken"):
-        scheduler.step(x, 0.0, x)
-    scheduler.set_timesteps(2)
-    with pytest.raises(ValueError, match="the EMS are for"):
-        scheduler.step(torch.zeros(1, 1, 16, 16), scheduler.timesteps[0], torch.zeros(1, 1, 16, 16))
-    with pytest.raises(ValueError, match="from_config without EMS"):
-        DPMSolverV3Scheduler.from_config(DDPMScheduler().config)
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        DPMSolverV3Scheduler.from_config(DDPMScheduler(rescale_betas_zero_snr=True).config, ems=ems)
-    with pytest.raises(ValueError, match="prediction_type 'flow'"):
-        DPMSolverV3Scheduler(ems, prediction_type="flow")
-
-
-def test_another_schedules_statistics_are_refused_by_the_scheduler(ems):
-    with pytest.raises(ValueError, match="use the schedule that they were estimated on"):
-        DPMSolverV3Scheduler(ems, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).set_timesteps(5)
 
 
 # `fewer ems`
