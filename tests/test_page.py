@@ -14,7 +14,6 @@ from guessing.study import study as guessing
 
 from conftest import ROOT
 from fewer import papers
-from fewer.errors import UserError
 from fewer.report import charts
 from fewer.report.page import write_report
 from fewer.report.serve import server
@@ -133,8 +132,11 @@ def test_a_report_replaces_a_former_one_and_nothing_else(site, tmp_path, card):
     assert "guessing" not in index.read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="choose an empty or a new folder"):
-        write_report(tmp_path / "mine", [])
+    for folder in ("mine", "report"):  # a file of one's own beside a former report is one's own too
+        (tmp_path / folder / "thesis.txt").write_text("years of work")
+        with pytest.raises(FileExistsError, match="holds thesis.txt, which fewer did not write"):
+            write_report(tmp_path / folder, [])
+        assert (tmp_path / folder / "thesis.txt").read_text() == "years of work"
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine", "report"], "nothing half written is left"
 

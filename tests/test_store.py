@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import math
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
 
+import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from conftest import command, command_environment
 from fewer.errors import UserError
-from fewer.study import Scale, Store
+from fewer.study import RaceOutcome, Scale, Store
 from fewer.study.export import export
+from fewer.study.recording import Record
 from fewer.study.store import APPLICATION_ID, MIGRATIONS
 from fewer.study.trial import FigureEvent, FinishedEvent, TrialSpec
 
@@ -93,7 +99,7 @@ def test_a_store_of_the_first_version_is_brought_up_to_date_with_its_trials(path
     db.close()
     with Store(path) as store:
         assert [trial.arm for trial in store.trials()] == ["a"]
-        assert store.races("guessing") == []
+        assert store.races("guessing", RaceOutcome) == []
 
 
 def test_paths_that_are_no_store_are_refused_in_one_line(tmp_path):
@@ -234,3 +240,94 @@ def test_mlflow_gets_a_run_a_trial_with_curves_and_nan_told_apart(path, tmp_path
     assert runs[0].data.params["shape"] == "flat"
     assert runs[0].data.tags["nan.error"] == "NaN"
     assert [(point.value, point.step) for point in client.get_metric_history(runs[0].info.run_id, "error")] == [(0.25, 2)]
+
+
+# Paths and damage
+
+
+@pytest.mark.parametrize("name", ["a?b.sqlite", "a%41b.sqlite", "a#b.sqlite", "a?mode=memory", "a b'ü.sqlite"])
+def test_a_store_lies_where_it_was_asked_for_whatever_its_name(tmp_path, name):
+    with Store(tmp_path / name, write=True) as store:
+        fill(store, spec(), 0.25)
+    assert {file.name for file in tmp_path.iterdir()} <= {name, f"{name}.lock"}
+    with Store(tmp_path / name) as store:
+        assert [row.value for row in store.rows([spec()])] == [0.25]
+
+
+@pytest.mark.parametrize("place", ["", "folder", "pipe", "n" * 256, "file/below"])
+def test_a_place_that_is_none_for_a_store_is_refused_in_one_line(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=r"^--store [^\n]*$"):
+        Store(place, write=True)
+    assert sorted(os.listdir()) == ["file", "folder", "pipe"]
+
+
+def test_a_store_removed_while_it_is_written_to_ends_the_run_with_an_error(tmp_path):
+    with Store(tmp_path / "runs" / "store.sqlite", write=True) as store:
+        number = store.begin(spec(), {})
+        shutil.rmtree(tmp_path / "runs")
+        with pytest.raises(UserError, match="was removed or replaced while it was written to"):
+            store.finish(number, FinishedEvent("done", 1.0, 0), {})
+
+
+DAMAGE = [
+    "DROP TABLE figures",
+    "DROP TABLE records",
+    "ALTER TABLE trials DROP COLUMN notes",
+    "UPDATE trials SET settings = 'no json'",
+    "UPDATE trials SET settings = '[1]'",
+    "UPDATE trials SET notes = '3'",
+    "UPDATE trials SET environment = x'ff00'",
+    "UPDATE trials SET seconds = 'long'",
+    "UPDATE figures SET value = 'much'",
+    "UPDATE figures SET coordinates = '{'",
+    "UPDATE races SET outcome = 'noise'",
+    "UPDATE records SET record = x'00'",
+    "UPDATE records SET record = '{}'",
+]
+
+
+def read_all(path):
+    """Whatever a verb reads of a store."""
+    with Store(path) as store:
+        store.finished([spec()])
+        store.rows([spec()])
+        store.trials()
+        store.table()
+        store.races("guessing", RaceOutcome)
+        store.record("guessing", Record)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_is_told_in_one_line(path, damage):
+    with Store(path, write=True) as store:
+        fill(store, spec(), 0.25)
+        store.save_race("guessing", "a race", msgspec.json.encode(RaceOutcome("a race", "a peer", "time", None, "s")), "today")
+        store.save_record("guessing", b"{}")
+    if "records" not in damage:
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("DELETE FROM records")
+        read_all(path)
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute(damage)
+    with pytest.raises(UserError, match=r"^--store [^\n]*damaged store[^\n]*$"):
+        read_all(path)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_noise_in_a_stores_bytes_is_read_or_refused_in_one_line(tmp_path, data):
+    path = tmp_path / "noise.sqlite"
+    for file in tmp_path.glob("noise.sqlite*"):
+        file.unlink()
+    with Store(path, write=True) as store:
+        fill(store, spec(), 0.25)
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    with contextlib.suppress(UserError):  # and nothing else is raised
+        read_all(path)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fewer.devices import choose_device
 from fewer.errors import UserError, require
 from fewer.report.terminal import races_table
 from fewer.study import (
@@ -34,7 +35,7 @@ from fewer.study import (
     run,
 )
 from fewer.study.results import Row, bootstrap
-from fewer.study.runner import Observer, choose_device
+from fewer.study.runner import Observer
 from fewer.study.settings import choose_settings
 from fewer.study.trial import FigureEvent, Trial, TrialSpec, run_trial
 from fewer.study.tuning import tune_arm

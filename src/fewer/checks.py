@@ -14,7 +14,7 @@ from typing import Any
 from fewer.papers import did_you_mean
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: Any) -> bool:
     """Whether it is a whole number, Python's or NumPy's; True and False are none.
 
     >>> is_whole(3), is_whole(3.0), is_whole(True)
@@ -23,7 +23,7 @@ def is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Whether it is a finite real number, Python's or NumPy's; True and False are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -46,7 +46,7 @@ def check_whole(least: int = 1, *, optional: Iterable[str] = (), **values: Any) 
     for name, value in values.items():
         if value is None and name in may_be_none:
             continue
-        if not is_whole(value) or value < least:
+        if not is_whole(value) or value < least:  # pyright: ignore[reportOptionalOperand]
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
 
 

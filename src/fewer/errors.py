@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake that the user can mend; its message says what was given, what was expected, and what to do."""
 
 
+class WorkFailed(Exception):
+    """Work that was asked for came to grief through no mistake of the user's words: shown as it stands, exit status 1."""
+
+
 class DataUnavailable(UserError):
     """A data set could be had from none of its sources; the message names them all, each with why it failed."""
 

@@ -72,14 +72,12 @@ def foreign_files(directory: Path) -> list[str]:
         ours = {MARKER, *json.loads((directory / MARKER).read_text(encoding="utf8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
-    folders = {str(parent) for file in ours for parent in Path(file).parents}
     foreign = []
     for root, names, files in os.walk(directory):
         names[:] = [name for name in names if name not in REBUILT]
         at = Path(root).relative_to(directory)
         links = [name for name in names if (Path(root) / name).is_symlink()]
-        foreign += [str(at / name) for name in names if name in links or str(at / name) not in folders]
-        foreign += [str(at / name) for name in files if str(at / name) not in ours]
+        foreign += [str(at / name) for name in (*names, *files) if name in links or str(at / name) not in ours]
     return sorted(foreign)
 
 
@@ -95,7 +93,7 @@ def made_whole(path: str | Path, overwrite: bool = False, *, inputs: Iterable[st
         try:
             part.chmod(0o777 & ~_umask())
             yield part
-            written = sorted(str(file.relative_to(part)) for file in part.rglob("*") if not file.is_dir())
+            written = sorted(str(each.relative_to(part)) for each in part.rglob("*"))
             (part / MARKER).write_text(json.dumps({"written by": "fewer", "files": written}, indent=1) + "\n", encoding="utf8")
             check_new(directory, overwrite, inputs=inputs, option=option)  # somebody may have written there meanwhile
             _swap(part, directory)

@@ -14,13 +14,14 @@ import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache, cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from fewer.errors import UserError
+from fewer.plain import plain, plain_all
 
 Saves = Literal[
     "backward passes",
@@ -37,6 +38,15 @@ Saves = Literal[
 ]
 Slug = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Line = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\n]+$")]
+
+
+VERDICTS: tuple[str, ...] = ("holds", "fails", "undecided", "not testable here")
+
+
+class _Judged(msgspec.Struct):
+    """What the catalogue reads of a record's claim."""
+
+    verdict: Literal["holds", "fails", "undecided", "not testable here"]
 
 
 class PaperResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,14 +95,24 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @cached_property
     def record(self) -> dict[str, Any] | None:
-        """The last recorded run (`record.json`), or None."""
-        file = Path(self.folder) / "record.json"
-        return msgspec.json.decode(file.read_bytes()) if file.exists() else None
+        """The last recorded run (`record.json`), or None; `trouble` says why where there is one that cannot be read."""
+        try:
+            read = msgspec.json.decode((Path(self.folder) / "record.json").read_bytes(), type=dict[str, Any])
+            msgspec.convert(read["claims"], list[_Judged])
+        except (OSError, msgspec.DecodeError, KeyError):
+            return None
+        return plain_all(read)
+
+    @property
+    def trouble(self) -> str:
+        """Why the record cannot be read, where it is there and cannot."""
+        there = (Path(self.folder) / "record.json").exists()
+        return f"{self.package}: its record.json is no record; make it again with `fewer record`" if there and self.record is None else ""
 
     @property
     def verdicts(self) -> dict[str, int]:
         """How many claims of the last record hold, fail, are undecided, and are not testable here."""
-        counts = {"holds": 0, "fails": 0, "undecided": 0, "not testable here": 0}
+        counts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         for claim in self.record["claims"] if self.record else []:
             counts[claim["verdict"]] += 1
         return counts
@@ -101,7 +121,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 def read_card(file: Path, package: str = "") -> Card:
     """The card in `file`; UserError naming the file and the field where it is not a card."""
     try:
-        fields = tomllib.loads(file.read_text(encoding="utf8"))
+        fields = plain_all(tomllib.loads(file.read_text(encoding="utf8")))
         return msgspec.convert(fields | {"package": package, "folder": str(file.parent)}, Card)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{file}: cannot be read as TOML ({error}); mend the file") from error
@@ -126,32 +146,44 @@ def own_folders() -> Iterator[tuple[Path, str]]:
         yield file, "fewer." + ".".join(file.parent.relative_to(house).parts)
 
 
-def outside_folders() -> Iterator[tuple[Path, str]]:
-    """(paper.toml, package) of the methods that installed packages add by the entry point group `fewer.papers`."""
-    for entry in entry_points(group="fewer.papers"):
-        try:
-            spec = importlib.util.find_spec(entry.value)
-        except ImportError as error:
-            raise UserError(
-                f"entry point fewer.papers:{entry.name} names {entry.value}, which cannot be found ({error}); reinstall that package"
-            ) from error
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"entry point fewer.papers:{entry.name} names {entry.value}, which is no package here; reinstall that package")
-        yield Path(next(iter(spec.submodule_search_locations))) / "paper.toml", entry.value
+def outside_card(entry: EntryPoint) -> Card:
+    """The card of a method that an installed package adds by the entry point group `fewer.papers`; UserError where it adds none."""
+    try:
+        spec = importlib.util.find_spec(entry.value)
+    except Exception as error:  # finding a package imports its parents, which may do anything
+        raise UserError(
+            f"entry point fewer.papers:{entry.name} names {entry.value}, which cannot be found ({error}); reinstall that package"
+        ) from error
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"entry point fewer.papers:{entry.name} names {entry.value}, which is no package here; reinstall that package")
+    return read_card(Path(next(iter(spec.submodule_search_locations))) / "paper.toml", entry.value)
 
 
 @cache
+def _catalogue() -> tuple[tuple[Card, ...], tuple[str, ...]]:
+    """All cards, and one line for each installed package whose card cannot be had."""
+    found = {card.slug: card for card in (read_card(file, package) for file, package in own_folders())}
+    troubles = []
+    for entry in entry_points(group="fewer.papers"):
+        try:
+            card = outside_card(entry)
+            if card.slug in found:
+                raise UserError(f"its method is called {card.slug}, as {found[card.slug].package} is; rename it")
+        except UserError as error:
+            troubles.append(plain(f"{entry.value} is left out: {error}"))
+        else:
+            found[card.slug] = card
+    return tuple(sorted(found.values(), key=lambda card: (card.area, card.slug))), tuple(troubles)
+
+
 def cards() -> tuple[Card, ...]:
-    """All cards, by area and slug; UserError where one is broken or two share a slug."""
-    found: dict[str, Card] = {}
-    for file, package in [*own_folders(), *outside_folders()]:
-        card = read_card(file, package)
-        if card.slug in found:
-            raise UserError(
-                f"two methods are called {card.slug}: {found[card.slug].package} and {package}; rename one or uninstall its package"
-            )
-        found[card.slug] = card
-    return tuple(sorted(found.values(), key=lambda card: (card.area, card.slug)))
+    """All cards, by area and slug; an installed package whose card cannot be read is left out (`troubles` says why)."""
+    return _catalogue()[0]
+
+
+def troubles() -> list[str]:
+    """One line for each installed package that is left out, or whose record cannot be read, with its name and the reason."""
+    return [*_catalogue()[1], *(card.trouble for card in cards() if card.trouble)]
 
 
 def find(slug: str) -> Card:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +18,7 @@ from rich.console import Console
 from fewer import papers
 from fewer.cli import data, keep, look, runs
 from fewer.cli.words import escaped, import_method_part
-from fewer.errors import UserError
+from fewer.errors import UserError, WorkFailed
 
 
 class Verbs(typer.core.TyperGroup):
@@ -40,8 +44,13 @@ class MethodVerb(typer.core.TyperCommand):
 
     def _load(self) -> click.Command:
         """The verb as its method defines it: a function, or a typer app of several (`fewer VERB ACTION`)."""
-        verb = import_method_part(self._card, "command").COMMANDS[self._name]
-        app = verb
+        commands = getattr(import_method_part(self._card, "command"), "COMMANDS", {})
+        verb: Any = commands.get(self._name) if isinstance(commands, dict) else None
+        if not callable(verb):
+            raise UserError(
+                f"{self._card.package}.command has no verb {self._name!r}, which its card names; reinstall or mend that package"
+            )
+        app: Any = verb
         if not isinstance(verb, typer.Typer):
             app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
             app.command(self._name)(verb)
@@ -51,12 +60,13 @@ class MethodVerb(typer.core.TyperCommand):
 
 
 def told_plainly(invoke: Callable[..., Any]) -> Callable[..., Any]:
-    """A method's verb whose complaints about what the user gave are told in one line."""
+    """A verb whose complaints about what the user gave are told in one line."""
 
+    @functools.wraps(invoke)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return invoke(*args, **kwargs)
-        except (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as mistake:
+        except (ValueError, OSError) as mistake:
             raise UserError(str(mistake)) from mistake
 
     return call
@@ -74,14 +84,53 @@ app = typer.Typer(
     help="The same machine learning with fewer backward passes, network calls, bits, bytes, samples and queries.\n\nExample: [bold]fewer run backprop-free-mlps[/bold]",
 )
 for name, verb, panel in [*look.VERBS, *runs.VERBS, *keep.VERBS]:
-    app.command(name, rich_help_panel=panel)(verb)
+    app.command(name, rich_help_panel=panel)(told_plainly(verb) if verb in (keep.report, keep.export, keep.new) else verb)
 app.add_typer(data.app, name="data", rich_help_panel="Keep")
 
 
 def main() -> None:
-    """Run the command line: exit status 0, 2 for what the user can mend (one line), 1 for our own faults (a traceback)."""
+    """Run the command line: exit status 0, 2 for what the user can mend (one line), 1 for work that failed and our own faults (a traceback).
+
+    SIGTERM ends it as Ctrl-C does: what is done is kept, what was begun is taken away.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
-        app(prog_name="fewer")
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escaped(str(error))}")
+        sys.exit(app(prog_name="fewer", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
         sys.exit(2)
+    except click.ClickException as error:
+        _tell(in_one_line(error))
+        sys.exit(2)
+    except (UserError, WorkFailed) as error:
+        _tell(str(error))
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except (click.Abort, KeyboardInterrupt):
+        _tell("stopped")
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _tell(error: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escaped(error)}")
+
+
+def in_one_line(error: click.ClickException) -> str:
+    """What click says of a mistyped line, in the house's words: the option, what was given, what was expected."""
+    kind = error.param.type if isinstance(error, click.BadParameter) and error.param else None
+    given = re.match(r"'?(.*?)'? is not ", error.message, re.S)
+    if kind is not None and given:
+        assert isinstance(error, click.BadParameter)
+        assert error.param is not None
+        name = max(error.param.opts, key=len) if isinstance(error.param, click.Option) else str(error.param.name).upper()
+        if isinstance(kind, click.Choice):
+            choices = list(map(str, getattr(kind, "choices", ())))
+            words = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+            return f"{name} {given[1]}: expected {words}{papers.did_you_mean(given[1], choices)}"
+        if isinstance(kind, click.IntRange | click.FloatRange) and "not in the range" in error.message:
+            limits = [f"at least {kind.min:g}"] * (kind.min is not None) + [f"at most {kind.max:g}"] * (kind.max is not None)
+            return f"{name} {given[1]}: expected {' and '.join(limits)}"
+    where = f"; `{error.ctx.command_path} --help` shows what it takes" if isinstance(error, click.UsageError) and error.ctx else ""
+    return " ".join(error.format_message().split()).rstrip(".") + where

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from fewer import papers
-from fewer.cli.words import DEFAULT_STORE, STORE, complete_slug, console, escaped
+from fewer.cli.words import DEFAULT_STORE, STORE, complete_slug, console, escaped, tell_troubles
 
 
 def report(
-    out: Annotated[Path, typer.Option(help="The folder to write the page into.")] = Path("fewer-runs/report"),
+    out: Annotated[Path, typer.Option(help="The folder to write the page into; a former report there is replaced.")] = Path(
+        "fewer-runs/report"
+    ),
     store: STORE = DEFAULT_STORE,
     serve: Annotated[bool, typer.Option("--serve", help="Serve it on the loopback address until Ctrl-C.")] = False,
 ) -> None:
@@ -22,29 +25,39 @@ def report(
     Example: fewer report --serve
     """
     from fewer import study as room
+    from fewer.files import check_new
     from fewer.report import page
     from fewer.study.recording import Record, read_record
 
+    check_new(out, overwrite=True)
+    tell_troubles()
     entries = []
-    opened = room.Store(store) if Path(store).exists() else None
-    for card in papers.cards():
-        mine = opened.record(card.slug) if opened else None
-        entries.append((card, msgspec.json.decode(mine, type=Record) if mine else read_record(Path(card.folder))))
-    if opened:
-        opened.close()
+    with contextlib.ExitStack() as stack:
+        asked = store != DEFAULT_STORE or Path(store).exists()  # nobody has run anything yet: the records alone
+        opened = stack.enter_context(room.Store(store)) if asked else None
+        for card in papers.cards():
+            mine = opened.record(card.slug, Record) if opened else None
+            entries.append((card, mine or (None if card.trouble else read_record(Path(card.folder)))))
     index = page.write_report(out, entries)
-    console().print(f"Wrote {index}", soft_wrap=True)
+    console().print(f"Wrote {escaped(str(index))}", soft_wrap=True)
     if serve:
         from fewer.report.serve import serve as serve_folder
 
         serve_folder(out)
 
 
+class Format(StrEnum):
+    csv = "csv"
+    parquet = "parquet"
+    mlflow = "mlflow"
+
+
 def export(
-    kind: Annotated[str, typer.Option("--format", help="csv, parquet or mlflow.")],
-    out: Annotated[str, typer.Option(help="A file; for mlflow the tracking address.")],
+    kind: Annotated[Format, typer.Option("--format", help="What to write.")],
+    out: Annotated[str, typer.Option(help="A new file; for mlflow the tracking address.")],
     slug: Annotated[str | None, typer.Argument(help="Only this method's figures.", autocompletion=complete_slug)] = None,
     store: STORE = DEFAULT_STORE,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write the stored figures as CSV or Parquet, or log them to an MLflow server.
 
@@ -56,7 +69,7 @@ def export(
     if slug:
         papers.find(slug)
     with room.Store(store) as opened:
-        figures = write(opened, out, kind, slug)
+        figures = write(opened, out, kind.value, slug, overwrite=overwrite)
     console().print(f"Wrote {figures} figures to {escaped(out)}", soft_wrap=True)
 
 

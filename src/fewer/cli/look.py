@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fewer import papers
-from fewer.cli.words import JSON, SLUG, console, escaped, print_json
+from fewer.cli.words import JSON, SLUG, console, escaped, print_json, tell_troubles
 from fewer.errors import UserError
 
 
@@ -21,6 +21,7 @@ def list_methods(
     """
     from fewer.report import terminal
 
+    tell_troubles()
     cards = [card for card in papers.cards() if area in (None, card.area)]
     areas = sorted({card.area for card in papers.cards()})
     if not cards:
@@ -43,6 +44,7 @@ def show(slug: SLUG, as_json: JSON = False) -> None:
     from fewer.report import terminal
 
     card = papers.find(slug)
+    tell_troubles()
     if as_json:
         return print_json({name: getattr(card, name) for name in card.__struct_fields__ if name != "folder"} | {"record": card.record})
     console().print(terminal.card_view(card))

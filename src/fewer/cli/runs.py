@@ -22,6 +22,7 @@ from fewer.cli.words import (
     SET,
     SLUG,
     STORE,
+    Scale,
     console,
     escaped,
     given_options,
@@ -30,7 +31,10 @@ from fewer.cli.words import (
     scale_of,
     study_of,
 )
-from fewer.errors import UserError
+from fewer.devices import Device
+from fewer.errors import UserError, WorkFailed
+
+MANY = 10_000
 
 
 class EngineName(StrEnum):
@@ -40,17 +44,17 @@ class EngineName(StrEnum):
 
 def run(
     slug: SLUG,
-    scale: SCALE = "quick",
+    scale: SCALE = Scale.quick,
     full: Annotated[bool, typer.Option("--full", help="The same as --scale full.")] = False,
     arm: ARMS = None,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds (default: the study's, 3).")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=MANY, help="How many seeds (default: the study's, 3).")] = None,
     settings: SET = None,
-    jobs: Annotated[int, typer.Option(help="Trials at a time. More than one makes times hard to compare.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MANY, help="Trials at a time. More than one makes times hard to compare.")] = 1,
     engine: Annotated[EngineName, typer.Option(help="Where trials run.")] = EngineName.local,
     address: Annotated[str | None, typer.Option(help="The Ray cluster's address (none: start a local one).")] = None,
     store: STORE = DEFAULT_STORE,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of doing only what is missing.")] = False,
-    device: DEVICE = "auto",
+    device: DEVICE = Device.auto,
     quiet: QUIET = False,
     as_json: JSON = False,
 ) -> None:
@@ -61,12 +65,12 @@ def run(
     Example: fewer run backprop-free-mlps --set data=mnist --seeds 1
     """
     from fewer import study as room
+    from fewer.devices import choose_device
     from fewer.report import progress, terminal
     from fewer.study.recording import make_record
-    from fewer.study.runner import choose_device
 
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: expected at least 1")
+    if address is not None and engine is not EngineName.ray:
+        raise UserError(f"--address {address}: only a Ray cluster has one; add --engine ray")
     _, study = study_of(slug)
     with room.Store(store, write=True) as opened:
         plan = room.plan(
@@ -74,13 +78,16 @@ def run(
             jobs=jobs, store=opened,
         )  # fmt: skip
         chosen = room.LocalEngine(jobs) if engine is EngineName.local else room.RayEngine(address, jobs if jobs > 1 else None)
+        if engine is EngineName.ray:
+            where = f"the Ray cluster at {escaped(address)}" if address else "a Ray cluster of this machine's own, on the loopback address"
+            Console(stderr=True, highlight=False).print(f"Trials run on {where}.", soft_wrap=True)
         try:
             with progress.RunProgress(quiet=quiet) as observer:
                 outcome = room.run(plan, opened, chosen, observer, fresh=fresh)
         except KeyboardInterrupt:
             kept = len(opened.finished(plan.specs))
-            Console(stderr=True).print(
-                f"\nStopped. {kept} of {len(plan.specs)} trials are kept in {opened.path}; the same command goes on from there."
+            Console(stderr=True, soft_wrap=True).print(
+                f"\nStopped. {kept} of {len(plan.specs)} trials are kept in {escaped(str(opened.path))}; the same command goes on from there."
             )
             raise typer.Exit(130) from None
         record = make_record(outcome, _races(opened, slug))
@@ -107,17 +114,17 @@ def study_module(slug: str) -> str:
 def _races(store: Any, slug: str) -> list[Any]:
     from fewer.study.races import RaceOutcome
 
-    return [msgspec.json.decode(outcome, type=RaceOutcome) for outcome in store.races(slug)]
+    return store.races(slug, RaceOutcome)
 
 
 def tune(
     slug: SLUG,
-    trials: Annotated[int, typer.Option(help="Optuna trials for every arm alike.")] = 20,
+    trials: Annotated[int, typer.Option(min=1, max=MANY, help="Optuna trials for every arm alike.")] = 20,
     arm: ARMS = None,
-    scale: SCALE = "quick",
+    scale: SCALE = Scale.quick,
     settings: SET = None,
     store: STORE = DEFAULT_STORE,
-    device: DEVICE = "auto",
+    device: DEVICE = Device.auto,
     record: Annotated[bool, typer.Option("--record", help="Keep the settings with the study (tuned.json), for everybody.")] = False,
     as_json: JSON = False,
 ) -> None:
@@ -126,8 +133,9 @@ def tune(
     Example: fewer tune backprop-free-mlps --trials 20
     """
     from fewer import study as room
+    from fewer.devices import choose_device
     from fewer.report import progress, terminal
-    from fewer.study.runner import choose_device, prepare
+    from fewer.study.runner import prepare
     from fewer.study.settings import RecordedTuning, save_recorded_tunings
     from fewer.study.tuning import tune_arm
 
@@ -189,7 +197,7 @@ def bench(slug: SLUG, store: STORE = DEFAULT_STORE, as_json: JSON = False) -> No
 
 
 def record(slug: SLUG, quiet: QUIET = False) -> None:
-    """Run study and bench with three seeds on a clean commit and write the method's record.json.
+    """Run study and bench with the study's seeds on a clean commit and write the method's record.json.
 
     Example: fewer record backprop-free-mlps
     """
@@ -202,11 +210,11 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
     card, study = study_of(slug)
     commit = clean_commit(Path(card.folder))
     with tempfile.TemporaryDirectory(prefix="fewer-record-") as folder, room.Store(Path(folder) / "store.sqlite", write=True) as opened:
-        plan = room.plan(study, study_module(slug), seeds=3, device="cpu", store=opened)
+        plan = room.plan(study, study_module(slug), device="cpu", store=opened)
         with progress.RunProgress(quiet=quiet) as observer:
             outcome = room.run(plan, opened, room.LocalEngine(), observer)
         if outcome.failed:
-            raise RuntimeError(f"a record needs every trial, and some failed: {outcome.failed}")
+            raise WorkFailed(f"a record needs every trial, and some failed: {outcome.failed}")
         races = _bench(slug, lambda race: None) if (Path(card.folder) / "bench.py").exists() else []
         missing = [race.left_out for race in races if race.left_out]
         if missing:
@@ -214,7 +222,7 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
     made = msgspec.structs.replace(make_record(outcome, races), commit=commit)
     file = write_record(made, Path(card.folder))
     console().print(terminal.run_view(made))
-    console().print(f"Wrote {file}; commit it.")
+    console().print(f"Wrote {escaped(str(file))}; commit it.", soft_wrap=True)
 
 
 VERBS = [("run", run, "Run"), ("tune", tune, "Run"), ("bench", bench, "Run"), ("record", record, "Run")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
@@ -9,15 +10,23 @@ import typer
 from rich.console import Console
 
 from fewer import papers
+from fewer.devices import Device
 from fewer.errors import MissingExtra, UserError
+from fewer.plain import plain
+
+
+class Scale(StrEnum):
+    quick = "quick"
+    full = "full"
+
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")]
 STORE = Annotated[str, typer.Option("--store", help="The SQLite file that keeps the figures.", metavar="PATH")]
 SCALE = Annotated[
-    str, typer.Option("--scale", help="quick: two cores, at most five minutes. full: the paper's own setting as far as possible.")
+    Scale, typer.Option("--scale", help="quick: two cores, at most five minutes. full: the paper's own setting as far as possible.")
 ]
-DEVICE = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+DEVICE = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU where there is one.")]
 SET = Annotated[list[str] | None, typer.Option("--set", help="Set an option that the study declares.", metavar="KEY=VALUE")]
 ARMS = Annotated[list[str] | None, typer.Option("--arm", help="Run this arm only (repeat for more).")]
 DEFAULT_STORE = "fewer-runs/store.sqlite"
@@ -31,9 +40,10 @@ SLUG = Annotated[str, typer.Argument(help="The method's slug (`fewer list` shows
 
 
 def escaped(text: str) -> str:
+    """Text that came from outside, as rich prints it: no markup, and no control characters."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(plain(text))
 
 
 def console() -> Console:
@@ -77,12 +87,13 @@ def given_options(pairs: list[str] | None) -> dict[str, str]:
     return given
 
 
-def scale_of(scale: str, full: bool = False) -> Any:
-    from fewer.study import Scale
+def scale_of(scale: Scale, full: bool = False) -> Any:
+    from fewer import study
 
-    if full:
-        return Scale.FULL
-    try:
-        return Scale(scale)
-    except ValueError:
-        raise UserError(f"--scale {scale}: expected quick or full") from None
+    return study.Scale.FULL if full else study.Scale(scale.value)
+
+
+def tell_troubles() -> None:
+    """Name on standard error the installed packages whose methods are left out, a line each."""
+    for trouble in papers.troubles():
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[yellow]note:[/] {escaped(trouble)}")

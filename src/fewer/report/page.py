@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fewer
-from fewer.errors import UserError
+from fewer.files import made_whole
 from fewer.papers import Card
 from fewer.quantities import show
 from fewer.report import charts, terminal
 from fewer.study.recording import Record
 
-MARKER = ".fewer-report"  # stands in a folder that a report may overwrite
 SYMBOLS = {"holds": ("✓", "holds"), "fails": ("✗", "fails"), "undecided": ("~", "undecided"), "not testable here": ("?", "untestable")}
 
 
@@ -27,17 +24,11 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
         entries: each method's card and its record, from this machine or the recorded one.
 
     Raises:
-        UserError: the folder holds something that is no report.
+        OSError, ValueError: the folder holds something that is no report's, or cannot be written.
     """
-    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: there is something else than a report; choose an empty or a new folder")
     environment = _templates()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        part.chmod(0o755)
+    with made_whole(folder, overwrite=True) as part:
         (part / "methods").mkdir()
-        (part / MARKER).touch()
         index = environment.get_template("index.html").render(entries=entries, areas=sorted({card.area for card, _ in entries}), root="")
         (part / "index.html").write_text(index, encoding="utf8")
         template = environment.get_template("method.html")
@@ -45,10 +36,6 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
             columns = terminal.tabled(record) if record else []
             page = template.render(card=card, record=record, charts=_drawn(record), tabled=columns, root="../")
             (part / "methods" / f"{card.slug}.html").write_text(page, encoding="utf8")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder / "index.html"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -12,14 +13,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import reduction, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from fewer.errors import require
+from fewer.plain import plain
+from fewer.study.scratch import scratch_folder
 from fewer.study.trial import AnyEvent, FinishedEvent, ReportEvent, TrialSpec, decode_event, decode_spec, encode, run_trial
 
+LOOPBACK = "127.0.0.1"
 KEEP_OUTPUT = 4000  # characters of a crashed trial's own output that are shown
 Answer = Callable[[TrialSpec, ReportEvent], bool]
 Events = Generator[tuple[TrialSpec, AnyEvent], None, None]
@@ -71,11 +76,14 @@ class _Process:
         self.spec, self.finished = spec, False
         self.started = time.monotonic()
         self.deadline = self.started + time_limit
+        scratch = scratch_folder()
         context = _context(spec)
-        self.output = tempfile.NamedTemporaryFile(prefix="fewer-trial-", suffix=".log")  # noqa: SIM115 - lives as long as the process
+        self.output = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - it has no name, and lives as long as the process
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, encode(spec), self.output.name), daemon=True)  # type: ignore[attr-defined]
-        self.process.start()
+        words = (theirs, encode(spec), _Descriptor(self.output.fileno()), str(scratch))
+        self.process = context.Process(target=_work, args=words, daemon=True)  # type: ignore[attr-defined]
+        with _interrupts_held():
+            self.process.start()
         theirs.close()
 
     def events(self) -> Iterator[AnyEvent]:
@@ -103,8 +111,8 @@ class _Process:
         code = self.process.exitcode or 0
         why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         hint = " (often the system's answer to too little memory)" if code == -signal.SIGKILL else ""
-        with open(self.output.name, errors="replace") as file:
-            said = file.read()[-KEEP_OUTPUT:].strip()
+        self.output.seek(0)
+        said = plain(self.output.read().decode(errors="replace"))[-KEEP_OUTPUT:].strip()
         return f"the trial's process ended by {why}{hint}" + (f"; its last words:\n{said}" if said else "")
 
     def stop(self) -> None:
@@ -118,6 +126,31 @@ class _Process:
         self.output.close()
 
 
+class _Descriptor:
+    """An open file that goes to a new process: there it arrives as the number of its descriptor."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _arrived, (reduction.DupFd(self.number),)
+
+
+def _arrived(descriptor: Any) -> int:
+    return descriptor.detach()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends, and never reaches a process that is started in it: the parent alone decides."""
+    resource_tracker.ensure_running()  # which would let Ctrl-C through again if it were started within
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _context(spec: TrialSpec) -> BaseContext:
     """forkserver with the study preloaded, or spawn where that cannot be."""
     if spec.device.startswith("cuda") or "forkserver" not in multiprocessing.get_all_start_methods():
@@ -127,13 +160,13 @@ def _context(spec: TrialSpec) -> BaseContext:
     return context
 
 
-def _work(connection: Connection, words: bytes, output: str) -> None:
+def _work(connection: Connection, words: bytes, output: int, scratch: str) -> None:
     """The worker's main: run the trial, send its events, keep its own prints out of the terminal, and end when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _die_with_parent()
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch  # what a killed trial leaves is swept with it
     for stream in (1, 2):
-        os.dup2(file, stream)
+        os.dup2(output, stream)
     answers: SimpleQueue[bytes] = SimpleQueue()
 
     def listen() -> None:
@@ -171,7 +204,9 @@ class RayEngine:
     def __init__(self, address: str | None = None, jobs: int | None = None) -> None:
         ray = require("ray", "ray")
         if not ray.is_initialized():
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            # a cluster of our own listens on the loopback address alone
+            local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": LOOPBACK} if address is None else {}
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         self.ray, self.jobs = ray, jobs
 
     def run(self, specs: Sequence[TrialSpec], *, time_limit: float, answer: Answer | None = None) -> Events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import msgspec
 
 from fewer.errors import UserError
+from fewer.files import whole_file
+from fewer.plain import plain_all
 from fewer.study.environment import commit
 from fewer.study.figures import Chart, Figure
 from fewer.study.races import RaceOutcome
@@ -18,6 +21,7 @@ from fewer.study.runner import Outcome
 from fewer.study.verdicts import Verdict
 
 SIGNIFICANT = 6  # digits kept of each figure
+ROW = 140  # characters of a line of the file, where a row fits
 
 
 class ArmRecord(msgspec.Struct, frozen=True):
@@ -124,10 +128,23 @@ def _rounded(value: float) -> float | None:
 
 def write_record(record: Record, folder: Path) -> Path:
     """Write `record.json` into a method's folder, whole or not at all."""
-    file, part = folder / "record.json", folder / "record.json.part"
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-    part.replace(file)
+    file = folder / "record.json"
+    plain_data = msgspec.json.decode(msgspec.json.encode(record))
+    with whole_file(file, overwrite=True) as part:
+        part.write_text(_line_a_row(plain_data) + "\n", encoding="utf8")
     return file
+
+
+def _line_a_row(value: Any, depth: int = 0) -> str:
+    """JSON in which what fits on a line, a row of figures say, stays on it."""
+    short = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or len(short) + depth <= ROW:
+        return short
+    inner, outer = "\n" + " " * (depth + 1), "\n" + " " * depth
+    if isinstance(value, dict):
+        rows = [f"{json.dumps(name, ensure_ascii=False)}: {_line_a_row(each, depth + 1)}" for name, each in value.items()]
+        return "{" + inner + f",{inner}".join(rows) + outer + "}"
+    return "[" + inner + f",{inner}".join(_line_a_row(each, depth + 1) for each in value) + outer + "]"
 
 
 def read_record(folder: Path) -> Record | None:
@@ -136,6 +153,6 @@ def read_record(folder: Path) -> Record | None:
     if not file.exists():
         return None
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Record)
-    except msgspec.DecodeError as error:
+        return msgspec.convert(plain_all(msgspec.json.decode(file.read_bytes())), Record)
+    except (OSError, msgspec.DecodeError) as error:
         raise UserError(f"{file}: not a record of this version ({error}); make it again with `fewer record`") from error

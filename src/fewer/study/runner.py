@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fewer.errors import UserError
+from fewer.errors import UserError, WorkFailed
 from fewer.study.declaration import Scale, Study
 from fewer.study.engines import Engine
 from fewer.study.environment import environment, usable_cores
@@ -56,23 +56,6 @@ class Outcome:
     stale: int = 0  # trials kept from another commit of the code
 
 
-def choose_device(device: str) -> str:
-    """ "auto" becomes "cuda" where torch finds a GPU and "cpu" elsewhere."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: expected auto, cpu or cuda")
-    if device == "cpu":
-        return "cpu"
-    try:
-        import torch
-
-        found = torch.cuda.is_available()
-    except ImportError:
-        found = False
-    if device == "cuda" and not found:
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
-    return "cuda" if found else "cpu"
-
-
 def plan(
     study: Study,
     module: str,
@@ -94,6 +77,8 @@ def plan(
         raise UserError(f"--seeds {seeds}: expected at least 1")
     options = study.choose_options(given or {})
     chosen = study.choose_arms(arms)
+    if not chosen:
+        raise UserError(f"{study.slug} declares no arm, so there is nothing to run; declare one with @study.arm(...)")
     settings, origins = {}, {}
     for arm in chosen:
         settings[arm.name], origins[arm.name] = choose_settings(study, module, arm, scale, options, store)
@@ -117,7 +102,7 @@ def prepare(plan: Plan, engine: Engine, observer: Observer) -> None:
             if event.user_error:
                 raise UserError(event.error)
             if event.status != "done":
-                raise RuntimeError(f"the task of {plan.study.slug} could not be built: {event.error}")
+                raise WorkFailed(f"the task of {plan.study.slug} could not be built ({event.status}): {event.error.strip()}")
 
 
 def run(plan: Plan, store: Store, engine: Engine, observer: Observer | None = None, *, fresh: bool = False) -> Outcome:

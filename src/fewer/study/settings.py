@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from fewer.files import whole_file
 from fewer.study.declaration import Arm, Scale, Study
 from fewer.study.store import Store, Tuning
 
@@ -57,7 +58,6 @@ def save_recorded_tunings(module: str, tunings: list[RecordedTuning]) -> Path:
     """Write tunings into `tuned.json` beside the study, in place of former ones of the same arms, scales and options."""
     merged = {(t.arm, t.scale, str(sorted(t.options.items()))): t for t in [*recorded_tunings(module), *tunings]}
     file = tuned_file(module)
-    part = file.with_suffix(".part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(list(merged.values())), indent=1) + b"\n")
-    part.replace(file)
+    with whole_file(file, overwrite=True) as part:
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(list(merged.values())), indent=1) + b"\n")
     return file

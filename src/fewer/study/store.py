@@ -11,17 +11,21 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import filelock
 import msgspec
 
 from fewer.errors import UserError
+from fewer.plain import plain, plain_all
 from fewer.study.results import Row
 from fewer.study.trial import FigureEvent, FinishedEvent, TrialSpec
 
+T = TypeVar("T")
 APPLICATION_ID = 0x66657772  # "fewr"
 COMMIT_EVERY = 0.5  # seconds between commits while figures stream in
 DEFAULT_STORE = "fewer-runs/store.sqlite"
@@ -101,10 +105,16 @@ class Store:
             raise
 
     def _check_path(self, write: bool) -> None:
+        try:
+            there = self.path.exists()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--store {str(self.path)[:60]}: no path of a file ({error}); choose another --store") from None
         if self.path.is_dir():
             raise UserError(f"--store {self.path}: this is a directory; expected a file, such as {self.path / 'store.sqlite'}")
+        if there and not self.path.is_file():
+            raise UserError(f"--store {self.path}: no regular file; choose another --store")
         if not write:
-            if not self.path.exists():
+            if not there:
                 raise UserError(f"--store {self.path}: there is no store yet; `fewer run SLUG` makes one")
             return
         try:
@@ -120,7 +130,9 @@ class Store:
 
     def _open(self, write: bool) -> None:
         mode = "rwc" if write else "ro"
-        self._db = sqlite3.connect(f"file:{self.path}?mode={mode}", uri=True, isolation_level=None)
+        # quoted: SQLite reads ? and % of a URI for itself
+        self._db = sqlite3.connect(f"file:{quote(str(self.path.absolute()))}?mode={mode}", uri=True, isolation_level=None)
+        self._db.text_factory = lambda raw: raw.decode("utf8", "replace")
         version = self._version()
         if version > len(MIGRATIONS):
             raise UserError(
@@ -129,13 +141,46 @@ class Store:
         if not write:
             if version < len(MIGRATIONS):
                 Store(self.path, write=True).close()
-            return
+            return self._check_tables()
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         for step, script in enumerate(MIGRATIONS[version:], start=version + 1):
             self._db.executescript(f"BEGIN; {script} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {step}; COMMIT;")
+        self._check_tables()
+        self._file = self.path.stat().st_ino
         self._db.execute("DELETE FROM trials WHERE status = 'running'")
+
+    def _check_tables(self) -> None:
+        """UserError where a table or a column that this version writes is not there."""
+        for table, columns in _tables().items():
+            have = {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}
+            if not columns <= have:
+                lacks = f"its table {table} lacks {', '.join(sorted(columns - have))}" if have else f"it has no table {table}"
+                raise UserError(f"--store {self.path}: a damaged store ({lacks}); choose another --store")
+
+    def _check_there(self) -> None:
+        """UserError where the file was moved or removed: what is written would be lost with it."""
+        try:
+            same = self.path.stat().st_ino == self._file
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"--store {self.path}: the file was removed or replaced while it was written to; run again")
+
+    def _select(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a query; UserError where the file cannot be read."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise _plainly(self.path, error) from error
+
+    def _read(self, row: Callable[[], T], what: str) -> T:
+        """What is made of a row's text; UserError where that is noise."""
+        try:
+            return row()
+        except (ValueError, TypeError, msgspec.DecodeError, RecursionError) as error:
+            raise UserError(f"--store {self.path}: a damaged store ({what}: {plain(str(error))}); choose another --store") from error
 
     def _version(self) -> int:
         """The store's version, 0 for an empty file; UserError where the file is another program's."""
@@ -185,11 +230,9 @@ class Store:
         """Of these trials, those that are done, by key."""
         found = {}
         for spec in specs:
-            row = self._db.execute(
-                f"SELECT {', '.join(StoredTrial.__struct_fields__)} FROM trials WHERE key = ? AND status = 'done'", [spec.key]
-            ).fetchone()
-            if row:
-                found[spec.key] = _stored_trial(row)
+            query = f"SELECT {', '.join(StoredTrial.__struct_fields__)} FROM trials WHERE key = ? AND status = 'done'"
+            for row in self._select(query, [spec.key]):
+                found[spec.key] = self._read(lambda row=row: _stored_trial(row), f"trial {spec.arm}, seed {spec.seed}")
         return found
 
     def begin(self, spec: TrialSpec, environment: Mapping[str, Any]) -> int:
@@ -218,6 +261,7 @@ class Store:
 
     def finish(self, trial: int, finished: FinishedEvent, notes: Mapping[str, str]) -> None:
         """Note how a trial ended; from here on it is kept."""
+        self._check_there()
         with self._transaction() as db:
             db.execute(
                 "UPDATE trials SET status = ?, error = ?, seconds = ?, peak_memory = ?, notes = ? WHERE id = ?",
@@ -239,22 +283,34 @@ class Store:
         found = []
         for spec in specs:
             query = "SELECT name, coordinates, value FROM figures JOIN trials ON trials.id = trial WHERE key = ? AND status = 'done' ORDER BY figures.rowid"
-            for name, coordinates, value in self._db.execute(query, [spec.key]):
-                found.append(Row(spec.arm, spec.seed, name, json.loads(coordinates), math.nan if value is None else value))
+            for name, coordinates, value in self._select(query, [spec.key]):
+                what = f"figure {name} of {spec.arm}, seed {spec.seed}"
+                found.append(
+                    Row(
+                        spec.arm,
+                        spec.seed,
+                        name,
+                        self._read(lambda text=coordinates: _object(text), what),
+                        self._read(lambda number=value: _number(number), what),
+                    )
+                )
         return found
 
     def trials(self, slug: str | None = None) -> list[StoredTrial]:
         """All trials of one study, or of all."""
         query = f"SELECT {', '.join(StoredTrial.__struct_fields__)} FROM trials WHERE slug = coalesce(?, slug) ORDER BY id"
-        return [_stored_trial(row) for row in self._db.execute(query, [slug])]
+        return [self._read(lambda row=row: _stored_trial(row), f"trial {row[1]}, seed {row[2]}") for row in self._select(query, [slug])]
 
     def table(self, slug: str | None = None) -> list[dict[str, Any]]:
         """Every figure of every finished trial as a flat record, for export."""
         query = """SELECT slug, arm, seed, scale, device, settings, name, coordinates, value FROM figures JOIN trials ON trials.id = trial
                    WHERE status = 'done' AND slug = coalesce(?, slug) ORDER BY trials.id, figures.rowid"""
         names = ("slug", "arm", "seed", "scale", "device", "settings", "figure", "coordinates", "value")
-        records = [dict(zip(names, row, strict=True)) for row in self._db.execute(query, [slug])]
-        return [record | {"value": math.nan if record["value"] is None else record["value"]} for record in records]
+        records = [dict(zip(names, row, strict=True)) for row in self._select(query, [slug])]
+        return [
+            record | {"value": self._read(lambda record=record: _number(record["value"]), f"figure {record['figure']} of {record['arm']}")}
+            for record in records
+        ]
 
     # Tunings and races
 
@@ -265,32 +321,57 @@ class Store:
 
     def tuning(self, slug: str, arm: str, scale: str, options: Mapping[str, Any]) -> Tuning | None:
         query = "SELECT settings, objective, trials, pruned, date FROM tunings WHERE slug = ? AND arm = ? AND scale = ? AND options = ?"
-        row = self._db.execute(query, [slug, arm, scale, _json(options)]).fetchone()
-        return Tuning(json.loads(row[0]), *row[1:]) if row else None
+        rows = self._select(query, [slug, arm, scale, _json(options)])
+        return self._read(lambda: Tuning(_object(rows[0][0]), *rows[0][1:]), f"tuning of {arm}") if rows else None
 
     def save_race(self, slug: str, name: str, outcome: bytes, date: str) -> None:
         """Keep the outcome of a race (JSON) in place of a former one."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO races VALUES (?, ?, ?, ?)", [slug, name, outcome, date])
 
-    def races(self, slug: str) -> list[bytes]:
-        """The last outcome of each race of a method (JSON)."""
-        return [outcome for (outcome,) in self._db.execute("SELECT outcome FROM races WHERE slug = ? ORDER BY rowid", [slug])]
+    def races(self, slug: str, kind: type[T]) -> list[T]:
+        """The last outcome of each race of a method, as the `kind` that was saved."""
+        rows = self._select("SELECT name, outcome FROM races WHERE slug = ? ORDER BY rowid", [slug])
+        return [self._read(lambda outcome=outcome: msgspec.json.decode(outcome, type=kind), f"race {name}") for name, outcome in rows]
 
     def save_record(self, slug: str, record: bytes) -> None:
         """Keep the record (JSON) of a method's last run here, for the report."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO records VALUES (?, ?)", [slug, record])
 
-    def record(self, slug: str) -> bytes | None:
-        """The record (JSON) of a method's last run here."""
-        row = self._db.execute("SELECT record FROM records WHERE slug = ?", [slug]).fetchone()
-        return row[0] if row else None
+    def record(self, slug: str, kind: type[T]) -> T | None:
+        """The record of a method's last run here, as the `kind` that was saved."""
+        rows = self._select("SELECT record FROM records WHERE slug = ?", [slug])
+        return self._read(lambda: msgspec.convert(plain_all(msgspec.json.decode(rows[0][0])), kind), f"record of {slug}") if rows else None
 
 
 def _stored_trial(row: Sequence[Any]) -> StoredTrial:
     fields = dict(zip(StoredTrial.__struct_fields__, row, strict=True))
-    return StoredTrial(**fields | {name: json.loads(fields[name]) for name in ("settings", "notes", "environment")})
+    return msgspec.convert(fields | {name: plain_all(_object(fields[name])) for name in ("settings", "notes", "environment")}, StoredTrial)
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The object that a text of the store says."""
+    read = json.loads(text)
+    if not isinstance(read, dict):
+        raise ValueError(f"{text[:40]!r} is no object")
+    return read
+
+
+def _number(value: Any) -> float:
+    """A figure's value; NULL is NaN."""
+    if not isinstance(value, float | int | None):
+        raise ValueError(f"{value!r} is no number")
+    return math.nan if value is None else value
+
+
+@cache
+def _tables() -> dict[str, set[str]]:
+    """table -> its columns, as the migrations make them."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript("".join(MIGRATIONS))
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {name: {row[1] for row in db.execute(f"PRAGMA table_info({name})")} for name in names}
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from fewer.errors import UserError
+from fewer.plain import plain_all
 from fewer.study.declaration import Scale, Study
 
 Status = Literal["done", "failed", "out of memory", "timed out", "killed", "pruned"]
@@ -85,7 +86,13 @@ class FinishedEvent(Event, tag="finished"):
 AnyEvent = FigureEvent | ProgressEvent | NoteEvent | ReportEvent | ObjectiveEvent | FinishedEvent
 Emit = Callable[[AnyEvent], None]
 encode = msgspec.json.Encoder().encode
-decode_event = msgspec.json.Decoder(AnyEvent).decode
+
+
+def decode_event(words: bytes) -> AnyEvent:
+    """An event as a worker sent it, its words made plain: a trial's code may be a stranger's."""
+    return msgspec.convert(plain_all(msgspec.json.decode(words)), AnyEvent)
+
+
 decode_spec = msgspec.json.Decoder(TrialSpec).decode
 
 
@@ -197,7 +204,7 @@ def import_part(module: str) -> ModuleType:
         return importlib.import_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename}, line {place.lineno}"
         raise UserError(

@@ -50,6 +50,8 @@ def judge(study: Study, results: Results) -> list[Verdict]:
 def _judge_one(claim: Claim, results: Results) -> Verdict:
     try:
         outcome = claim.test(results)
+    except SystemExit as leave:
+        raise UserError(f"claim {claim.text!r} calls sys.exit({leave.code}); mend the study: a claim returns a comparison") from leave
     except NotTestable as reason:
         return Verdict(claim.text, claim.paper, "not testable here", reason=str(reason))
     except UserError as error:
