@@ -132,10 +132,10 @@ def train_tokenizer(corpus: Corpus) -> Any:
 
 
 def token_stream(tokenizer: Any, documents: Sequence[tuple[str, str]]) -> Any:
-    """The documents' tokens one after the other, each ended by END: int64 [tokens]."""
+    """The documents' tokens one after the other, each ended by the tokenizer's end of text where it has one: int64 [tokens]."""
     import numpy as np
     import torch
 
     encoded = tokenizer.backend_tokenizer.encode_batch([text for _, text in documents])
-    end = tokenizer.eos_token_id
-    return torch.from_numpy(np.concatenate([np.array([*each.ids, end], np.int64) for each in encoded]))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return torch.from_numpy(np.concatenate([np.array([*each.ids, *end], np.int64) for each in encoded]))

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewer.checks import check_whole
 from fewer.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 CHECKPOINT_EVERY = 200  # steps
@@ -58,9 +60,22 @@ def windows(tokens: Tensor, recipe: Recipe, step: int) -> Tensor:
     """The windows [batch, window] of a step, drawn uniformly from the stream; the same for the same seed and step."""
     import torch
 
-    draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    starts = torch.randint(len(tokens) - recipe.window + 1, (recipe.batch, 1), generator=draw)
-    return tokens[starts + torch.arange(recipe.window)]
+    return draw_windows(tokens, recipe.batch, recipe.window, torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
+
+
+def draw_windows(tokens: Tensor, count: int, window: int, generator: torch.Generator | None = None) -> Tensor:
+    """Windows [count, window] of a stream of tokens, drawn uniformly."""
+    import torch
+
+    starts = torch.randint(len(tokens) - window + 1, (count, 1), generator=generator)
+    return tokens[starts + torch.arange(window)]
+
+
+def check_window(tokens: Tensor, window: int) -> None:
+    """ValueError where a text does not fill one window, or a window is none to learn from."""
+    check_whole(least=2, window=window)
+    if len(tokens) < window:
+        raise ValueError(f"the text has {len(tokens)} tokens; expected at least {window}, one window: give more text, or a smaller window")
 
 
 def token_loss(model: nn.Module, tokens: Tensor, *, window: int = 256, batch: int = 8) -> float:
@@ -70,12 +85,16 @@ def token_loss(model: nn.Module, tokens: Tensor, *, window: int = 256, batch: in
     """
     import torch
 
-    rows = tokens[: len(tokens) // window * window].reshape(-1, window)
+    check_window(tokens, window)
+    place = next(model.parameters()).device
+    rows = tokens[: len(tokens) // window * window].reshape(-1, window).to(place)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        losses = [model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part) for part in rows.split(batch)]
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            losses = [model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part) for part in rows.split(batch)]
+    finally:
+        model.train(was_training)
     return sum(losses) / len(rows)
 
 

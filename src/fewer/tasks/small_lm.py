@@ -156,8 +156,9 @@ def open_lm(folder: Path, corpus: Corpus) -> SmallLM:
     """Any Llama directory with a tokenizer, and a corpus in its tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", use_safetensors=True, **safe).eval()
     about = json.loads((folder / "train.json").read_text()) if (folder / "train.json").exists() else {}
     return SmallLM(model, tokenizer, *_streams(folder, tokenizer, corpus), folder, about)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from fewer.language.cfsp.gated_mlp import decoder_layers, parts_of, width_of
+from fewer.language._shared.feed_forward import decoder_layers, parts_of, width_of
 from fewer.meters import count
 
 
@@ -150,9 +150,11 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]]
 
 def _pass(model: nn.Module, batch: Tensor | Mapping[str, Tensor], sums: Sequence[_LayerSums]) -> int:
     """One forward pass; the number of tokens that count."""
-    words = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-    ids, mask = words["input_ids"], words.get("attention_mask")
-    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportCallIssue]
+    words: Mapping[str, Tensor] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    place, vocabulary = embeddings.weight.device, embeddings.num_embeddings
+    ids, mask = words["input_ids"].to(place), words.get("attention_mask")
+    mask = None if mask is None else mask.to(place)
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(
             f"token ids from {int(ids.min())} to {int(ids.max())}; expected 0 to {vocabulary - 1}: use the model's own tokenizer"

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewer.language.cfsp.gated_mlp import parts_of
+from fewer.checks import check_choice
+from fewer.language._shared.feed_forward import parts_of
 
 Metric = Literal["relative", "activation", "wanda", "magnitude", "random"]
 
@@ -62,8 +63,13 @@ def channel_importance(
     layer = mlp if hasattr(mlp, "mlp") else _Holder(mlp)
     gate, up, down = (linear.weight.detach().float() for linear in parts_of(layer))
     norm = channel_norm.to(down)
+    check_choice(get_args(Metric), metric=metric)
     if norm.shape != (down.shape[1],):
         raise ValueError(f"channel_norm is {tuple(norm.shape)}; expected ({down.shape[1]},): one a channel, of the dense model")
+    if not bool(torch.isfinite(norm).all()):
+        raise ValueError(
+            f"channel_norm of channel {int((~torch.isfinite(norm)).nonzero()[0, 0])} is not finite; expected norms: calibrate again"
+        )
     match metric:
         case "relative":
             return relative_importance(gate, up, down, norm, b, c)
@@ -75,7 +81,6 @@ def channel_importance(
             return down.norm(dim=0)
         case "random":
             return torch.rand(len(norm), generator=generator)
-    raise ValueError(f"metric {metric!r}; expected one of {', '.join(get_args(Metric))}")
 
 
 class _Holder(nn.Module):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
-from fewer.language.cfsp.gated_mlp import decoder_layers
+from fewer.checks import check_choice, check_positive, check_whole
+from fewer.errors import require
+from fewer.language._shared.lora import adapted
+from fewer.tasks.lm_training import check_window, draw_windows
 
 Guide = Literal["importance", "inverse", "uniform"]
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,10 +29,8 @@ def lora_ranks(scores: Float64[Any, "L"], r_mean: int = 8, ig: Guide = "importan
         >>> lora_ranks([0.2, 0.3, 0.5], r_mean=4), lora_ranks([0.2, 0.3, 0.5], r_mean=4, ig="inverse")
         ([2, 4, 6], [6, 4, 2])
     """
-    if ig not in get_args(Guide):
-        raise ValueError(f"ig {ig!r}; expected one of {', '.join(get_args(Guide))}")
-    if r_mean < 1:
-        raise ValueError(f"r_mean is {r_mean}; expected at least 1")
+    check_choice(get_args(Guide), ig=ig)
+    check_whole(r_mean=r_mean)
     scores = np.asarray(scores, dtype=np.float64)
     weight = {"importance": scores, "inverse": 1 / scores, "uniform": np.ones_like(scores)}[ig]
     total = len(weight) * r_mean
@@ -41,51 +41,6 @@ def lora_ranks(scores: Float64[Any, "L"], r_mean: int = 8, ig: Guide = "importan
     while ranks.sum() > total:  # where several were raised to 1
         ranks[int(np.where(ranks > 1, ranks - wanted, -np.inf).argmax())] -= 1
     return ranks.tolist()
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear map with a trained low-rank addition: W x + (alpha / r) B A dropout(x)."""
-
-    def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.base, self.scale = base, 2.0  # alpha_l = 2 r_l
-        bound = math.sqrt(3 / base.in_features)  # Kaiming's, as LoRA draws A
-        drawn = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.a = nn.Parameter(drawn.to(base.weight))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank).to(base.weight))
-        self.dropout = nn.Dropout(DROPOUT)
-
-    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        return self.base(x) + self.scale * (self.dropout(x) @ self.a.T) @ self.b.T
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The linear map alone, the addition taken into its weight."""
-        self.base.weight += self.scale * self.b @ self.a
-        return self.base
-
-
-def add_adapters(model: nn.Module, ranks: list[int], seed: int = 0) -> list[LoRALinear]:
-    """Put an adapter on all seven linear maps of each layer and freeze the rest; the adapters."""
-    model.requires_grad_(False)
-    draw, adapters = torch.Generator().manual_seed(seed), []
-    for layer, rank in zip(decoder_layers(model), ranks, strict=True):
-        for block in (cast(Any, layer).self_attn, cast(Any, layer).mlp):
-            for name in ADAPTED:
-                if hasattr(block, name):
-                    adapter = LoRALinear(getattr(block, name), rank, draw)
-                    setattr(block, name, adapter)
-                    adapters.append(adapter)
-    return adapters
-
-
-def merge_adapters(model: nn.Module) -> None:
-    """Take every adapter into its weight and out of the model; everything may be trained again."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merged())
-    model.requires_grad_(True)
 
 
 def recover(
@@ -105,7 +60,7 @@ def recover(
     """Train adapters on windows of a stream of tokens and merge them, in place; shapes stay as they are.
 
     Args:
-        model: as `prune` left it.
+        model: as `prune` left it, of any floating point dtype (the adapters are float32).
         token_ids: training text, its documents one after the other.
         steps: optimiser steps (AdamW).
         scores: S_l, `PruneReport.scores`.
@@ -118,40 +73,33 @@ def recover(
         The training loss of each step, nats a token.
 
     Raises:
-        ValueError: steps below 1, or a text shorter than one window.
+        ValueError: a number that cannot be, or a text shorter than one window.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; expected at least 1")
-    if len(token_ids) < window:
-        raise ValueError(f"the text has {len(token_ids)} tokens; expected at least {window}, one window")
-    ranks = lora_ranks(scores, r_mean, ig)
-    adapters = add_adapters(model, ranks, seed)
+    check_whole(steps=steps, batch=batch)
+    check_positive(lr=lr)
+    check_window(token_ids, window)
+    place = next(model.parameters()).device
     draw, losses, was_training = torch.Generator().manual_seed(seed), [], model.training
-    optimizer = torch.optim.AdamW([parameter for each in adapters for parameter in (each.a, each.b)], lr=lr)
-    model.train()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # dropout
+    with torch.random.fork_rng(), adapted(model, peft_config(scores, r_mean, ig), seed) as wrapped:  # dropout is drawn from the seed too
+        optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=lr)
+        wrapped.train()
+        try:
             for step in range(steps):
-                starts = torch.randint(len(token_ids) - window + 1, (batch, 1), generator=draw)
-                ids = token_ids[starts + torch.arange(window)]
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                ids = draw_windows(token_ids, batch, window, draw).to(place)
+                loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
                 if tell:
                     tell(step + 1, steps, losses[-1])
-    finally:
-        model.train(was_training)
-        merge_adapters(model)
+        finally:
+            wrapped.train(was_training)
     return losses
 
 
 def peft_config(scores: Float64[Any, "L"], r_mean: int = 8, ig: Guide = "importance") -> Any:
     """The same adapters as a peft `LoraConfig`: ranks by `rank_pattern`, alphas by `alpha_pattern`."""
-    from fewer.errors import require
-
     ranks = lora_ranks(scores, r_mean, ig)
     places = {rf"layers\.{number}\..*": rank for number, rank in enumerate(ranks)}
     return require("peft", "language").LoraConfig(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fewer.language._shared.lora import with_lora
+from fewer.language._shared.structure import structure_of
+from fewer.language.s2ft.adapters.serving import add_slice
 from fewer.language.s2ft.config import S2FTConfig
-from fewer.language.s2ft.memory import saved_bytes, with_lora
 from fewer.language.s2ft.model import get_s2ft_model
-from fewer.language.s2ft.serving import add_slice
-from fewer.language.s2ft.structure import structure_of
-from fewer.meters import measure
+from fewer.meters import measure, saved_bytes
 from fewer.study import Bench
 
 bench = Bench("s2ft")

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fewer.checks import check_whole, is_number
+from fewer.language._shared.structure import AUTO, Kind
+
 Ways = Literal["random", "weight", "activation", "product", "gradient"]
 Order = Literal["smallest", "largest"]
 Layout = Literal["permuted", "gather"]
-Kind = Literal["v", "o", "u", "d"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-AUTO = "auto"
 CALIBRATED = ("activation", "product", "gradient")
 
 
@@ -59,13 +59,19 @@ class S2FTConfig:
 
     def __post_init__(self) -> None:
         for kind, ratio in self.ratios.items():
-            if not 0 <= ratio <= 1:
+            if not is_number(ratio) or not 0 <= ratio <= 1:
                 raise ValueError(f"{kind}_ratio is {ratio}; expected a share between 0 and 1")
         if not any(self.ratios.values()):
             raise ValueError("all of v_ratio, o_ratio, u_ratio and d_ratio are 0; expected one above 0, such as d_ratio=0.03")
         for name, known in (("selection", Ways), ("order", Order), ("layout", Layout)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(known))}")
+        check_whole(least=0, seed=self.seed)
+        if self.seed >= 2**60:  # four streams of random numbers come from it
+            raise ValueError(f"seed is {self.seed}; expected a whole number below 2**60")
+        for name in ("per_layer", "in_place"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not isinstance(self.target_families, str):
             object.__setattr__(self, "target_families", tuple(self.target_families))
 

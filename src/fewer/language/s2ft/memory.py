@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fewer.errors import require
-from fewer.language.s2ft.config import KINDS, Kind, S2FTConfig
+from fewer.language._shared.lora import lora_rank, with_lora
+from fewer.language._shared.structure import KINDS, Kind, Structure, structure_of
+from fewer.language.s2ft.config import S2FTConfig
 from fewer.language.s2ft.selection import unit_count
 from fewer.language.s2ft.slice_linear import Form, S2Linear
-from fewer.language.s2ft.structure import Structure, shapes_of, structure_of
-
-
-@dataclass
-class SavedBytes:
-    """What autograd keeps, each storage once and in full (a view keeps all of it); `total` counts bytes."""
-
-    storages: dict[int, Any] = field(default_factory=dict)  # kept alive: the address of a dead one may be taken again
-
-    @property
-    def total(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
-@contextlib.contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
-    """Count the bytes that forward passes inside the block keep for their backward pass, the model's own weights and buffers left out.
-
-    Examples:
-        >>> layer = nn.Linear(100, 10)
-        >>> x = torch.ones(5, 100)
-        >>> with saved_bytes(layer) as saved:
-        ...     y = layer(x)
-        >>> saved.total
-        2000
-    """
-    own = {id_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    found = SavedBytes()
-
-    def pack(tensor: Tensor) -> Tensor:
-        if id_of(tensor) not in own:
-            found.storages[id_of(tensor)] = tensor.untyped_storage()
-        return tensor.detach()  # the output itself would keep its own graph alive
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
-
-
-def id_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+from fewer.meters import saved_bytes
 
 
 @dataclass(frozen=True)
@@ -175,25 +135,3 @@ def _even(structure: Structure, kind: Kind, ratio: float) -> list[int]:
     units = structure.units(kind)
     layers, total = len(units), unit_count(ratio, sum(units))
     return [total * (layer + 1) // layers - total * layer // layers for layer in range(layers)]
-
-
-def lora_targets(structure: Structure) -> list[str]:
-    """The linear maps that LoRA adapts in the paper's recipe: q, k, v, up and down."""
-    family = structure.family
-    return list(dict.fromkeys((family.q, family.k, family.v, family.upstream[-1], family.down)))
-
-
-def lora_rank(model: nn.Module, structure: Structure, trained: int) -> int:
-    """The rank at which LoRA trains most nearly as many parameters."""
-    shapes = shapes_of(model)
-    per_rank = sum(sum(shapes[structure.path(layer, name)]) for layer in structure.layers for name in lora_targets(structure))
-    return max(1, round(trained / per_rank))
-
-
-def with_lora(model: nn.Module, rank: int, structure: Structure) -> nn.Module:
-    """The same model with peft's LoRA, dropout off."""
-    peft = require("peft", "language")
-    paths = [structure.path(layer, name) for layer in structure.layers for name in lora_targets(structure)]
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=paths, task_type="CAUSAL_LM")
-    )

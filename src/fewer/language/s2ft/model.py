@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fewer.language.s2ft.adapters import Adapter, Fusion, Slice, base_hash, check_fits, fuse, names_of
-from fewer.language.s2ft.config import KINDS, S2FTConfig
+from fewer.language._shared.structure import KINDS, Side, Structure, check_trainable, shapes_of, structure_of
+from fewer.language.s2ft.adapters.adapter import Adapter, Fusion, Slice, base_hash, check_base, check_fits, fuse, names_of
+from fewer.language.s2ft.adapters.serving import BASE, adapters_by_row
+from fewer.language.s2ft.config import S2FTConfig
 from fewer.language.s2ft.permutation import Permutation, permute_
 from fewer.language.s2ft.selection import Calibration, Selection, select_units
-from fewer.language.s2ft.serving import BASE, adapters_by_row
 from fewer.language.s2ft.slice_linear import Form, S2Linear, neighbours
-from fewer.language.s2ft.structure import Side, Structure, check_trainable, shapes_of, structure_of
 
 
 def get_s2ft_model(
@@ -218,7 +218,7 @@ class S2FTModel(nn.Module):
         name = self.active_adapter if name is None else name
         if name not in self.adapters:
             raise ValueError(f"there is no adapter {name!r}; expected one of {names_of(self.adapters)}")
-        return self._trained() if name == self.active_adapter else self.adapters[name]
+        return self._trained() if name == self.active_adapter and not self._unloaded else self.adapters[name]
 
     def save_pretrained(self, save_directory: Path | str, **_: Any) -> None:
         """Write the active adapter: `adapter_config.json` and `adapter_model.safetensors`, in the model's own order of channels."""
@@ -226,34 +226,43 @@ class S2FTModel(nn.Module):
         self.adapter().save(save_directory, torch.float64 if double else torch.float32)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, directory: Path | str, adapter_name: str = "default") -> S2FTModel:
+    def from_pretrained(
+        cls, model: nn.Module, directory: Path | str, adapter_name: str = "default", *, other_base: bool = False
+    ) -> S2FTModel:
         """A base model with a saved adapter, which can be trained on.
 
+        Args:
+            other_base: take it although it was trained on other weights: its base in other precision, or quantised.
+
         Raises:
-            ValueError: the directory holds no adapter, or one for another architecture or other shapes (the layer is named).
+            ValueError: the directory holds no adapter, or one for another architecture, other shapes (the layer is named) or other weights.
         """
         adapter = Adapter.load(directory)
         structure = structure_of(model, adapter.config.target_families)
         check_trainable(model, structure, in_place=adapter.config.in_place)
         check_fits(adapter, shapes_of(model))
+        if not other_base:
+            check_base(adapter, base_hash(model))
         wrapped = cls(model, adapter.config, _selection_of(adapter, structure), adapter_name=adapter_name)
         wrapped._put(adapter)
         wrapped.adapters[adapter_name] = adapter
         return wrapped
 
-    def load_adapter(self, directory: Path | str, adapter_name: str) -> None:
+    def load_adapter(self, directory: Path | str, adapter_name: str, *, other_base: bool = False) -> None:
         """Read a saved adapter beside the others; `set_adapter` puts it into effect.
 
         Raises:
             ValueError: the name is taken, or as in `from_pretrained`.
         """
-        self.add_adapter(adapter_name, Adapter.load(directory))
+        self.add_adapter(adapter_name, Adapter.load(directory), other_base=other_base)
 
-    def add_adapter(self, adapter_name: str, adapter: Adapter) -> None:
-        """Keep an adapter under a name; ValueError where the name is taken or the adapter does not fit."""
+    def add_adapter(self, adapter_name: str, adapter: Adapter, *, other_base: bool = False) -> None:
+        """Keep an adapter under a name; ValueError where the name is taken or the adapter does not fit, or is of other weights."""
         if adapter_name in self.adapters:
             raise ValueError(f"there is an adapter {adapter_name!r} already; expected a new name beside {names_of(self.adapters)}")
         check_fits(adapter, shapes_of(self.base_model))
+        if not other_base:
+            check_base(adapter, self.base_hash)
         self.adapters[adapter_name] = adapter
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -262,6 +271,7 @@ class S2FTModel(nn.Module):
         Raises:
             ValueError: there is none of that name.
         """
+        self._check_wrapped()
         adapter = self.adapter(adapter_name)
         self.adapters[self.active_adapter] = self._trained()
         self._put(adapter)
@@ -295,6 +305,7 @@ class S2FTModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Put the base's own bits back; the active adapter is kept aside and has no effect. ValueError where that is so already."""
+        self._check_wrapped()
         if not self.merged:
             raise ValueError("the adapter is not merged; expected one that is: call merge_adapter first")
         for layer in self.layers.values():
@@ -303,6 +314,7 @@ class S2FTModel(nn.Module):
 
     def merge_adapter(self) -> None:
         """Put the active adapter into effect again. ValueError where it is, as it is from the start: training happens in the weights."""
+        self._check_wrapped()
         if self.merged:
             raise ValueError("the adapter is merged already (training happens in the weights); expected one that is not: merge once")
         for layer in self.layers.values():
@@ -329,10 +341,14 @@ class S2FTModel(nn.Module):
         """The plain model as it was, bit for bit."""
         return self._unload(keep=False)
 
-    @torch.no_grad()
-    def _unload(self, keep: bool) -> Any:
+    def _check_wrapped(self) -> None:
         if self._unloaded:
             raise ValueError("the model has been merged or unloaded already; expected to do that once: wrap it again with get_s2ft_model")
+
+    @torch.no_grad()
+    def _unload(self, keep: bool) -> Any:
+        self._check_wrapped()
+        self.adapters[self.active_adapter] = self._trained()  # what can still be saved
         for path, layer in self.layers.items():
             if not keep and layer.active:
                 layer.switch_off()

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fewer.language.s2ft.config import AUTO
+from fewer.language._shared.structure import AUTO, Structure, matrix, structure_of
 from fewer.language.s2ft.selection import Selection
-from fewer.language.s2ft.structure import Structure, matrix, structure_of
 
 
 def joint_order(upstream: Iterable[int], downstream: Iterable[int], units: int) -> Tensor:

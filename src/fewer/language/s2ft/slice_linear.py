@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fewer.language.s2ft.structure import Side, is_transposed, matrix
+from fewer.language._shared.structure import Side, is_transposed, matrix
 
 Form = Literal["view", "gather", "delta"]
 Where = slice | Tensor

@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fewer.data import fetch_smollm2, load_state_of_the_union
-from fewer.language.s2ft.adapters import Adapter, Slice
+from fewer.language._shared.lora import with_lora
+from fewer.language._shared.questions import Pair, Problems, answer_loss, draw_sums, encode, judge, read_pairs
+from fewer.language._shared.structure import structure_of
+from fewer.language.s2ft.adapters.adapter import Adapter, Slice
 from fewer.language.s2ft.config import S2FTConfig
-from fewer.language.s2ft.memory import saved_bytes, with_lora
 from fewer.language.s2ft.model import S2FTModel, get_s2ft_model
-from fewer.language.s2ft.questions import Pair, Problems, answer_loss, draw_sums, encode, judge, read_pairs
-from fewer.language.s2ft.structure import structure_of
 from fewer.language.s2ft.training import fit
+from fewer.meters import saved_bytes
 from fewer.study import Curve, Figure, Results, Scale, Study, Tradeoff, Trial
 from fewer.study.results import Estimate, bootstrap
 from fewer.study.spaces import Choice

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.language.s2ft.adapters import Adapter, Slice
+from fewer.language.s2ft.adapters.adapter import Adapter, Slice
 
 BASE = "__base__"  # peft's word for no adapter
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewer.checks import check_whole
+from fewer.files import read_json, read_weights, whole_file
+from fewer.language._shared.structure import Side
 from fewer.language.s2ft.config import S2FTConfig
-from fewer.language.s2ft.structure import Side
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 TYPE = "S2FT"
@@ -71,14 +70,18 @@ class Adapter:
         In float32 the change of bfloat16 and float16 weights is kept exactly, that of float32 weights to a rounding.
         """
         folder = Path(directory)
+        if not self.slices:
+            raise ValueError("the adapter changes no map; expected one that was trained: save it before the model is taken apart")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for path, each in self.slices.items():
             tensors[f"{path}.{each.side}"], tensors[f"{path}.delta"] = each.index.cpu(), each.delta.to("cpu", dtype).contiguous()
         sizes = {path: each.size for path, each in self.slices.items()}
         about = {"peft_type": TYPE, "base": self.base, "sizes": sizes, **dataclasses.asdict(self.config)}
-        write_whole(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-        write_whole(folder / CONFIG_FILE, lambda file: file.write_text(json.dumps(about, indent=2)))
+        with whole_file(folder / WEIGHTS_FILE, overwrite=True) as file:
+            save_file(tensors, file, metadata={"format": "pt"})
+        with whole_file(folder / CONFIG_FILE, overwrite=True) as file:
+            file.write_text(json.dumps(about, indent=2), encoding="utf8")
 
     @classmethod
     def load(cls, directory: Path | str) -> Adapter:
@@ -87,19 +90,27 @@ class Adapter:
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
             raise ValueError(f"{folder} is no adapter; expected {CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained writes them")
         try:
-            about = json.loads((folder / CONFIG_FILE).read_text())
+            about, tensors = read_json(folder / CONFIG_FILE), read_weights(folder / WEIGHTS_FILE)
             if about.pop("peft_type", None) != TYPE:
                 raise ValueError("its peft_type is not S2FT")
             base, sizes = about.pop("base"), about.pop("sizes")
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
-            slices = {}
-            for path, size in sizes.items():
-                side: Side = "rows" if f"{path}.rows" in tensors else "columns"
-                slices[path] = Slice(side, tensors[f"{path}.{side}"], tensors[f"{path}.delta"], int(size))
-            return cls(S2FTConfig.from_dict(about), base, slices)
-        except (json.JSONDecodeError, KeyError, SafetensorError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} is no S2FT adapter that can be read: {error}; expected what save_pretrained writes") from error
+            if not isinstance(base, str) or not isinstance(sizes, dict) or not sizes:
+                raise ValueError("base or sizes do not say which maps of which model it changes")
+            return cls(S2FTConfig.from_dict(about), base, {path: _stored_slice(tensors, path, size) for path, size in sizes.items()})
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{folder} is no S2FT adapter that can be read: {reason}; expected what save_pretrained writes") from error
+
+
+def _stored_slice(tensors: Mapping[str, Tensor], path: str, size: Any) -> Slice:
+    """The slice of a map in the file's tensors; ValueError where they do not go together."""
+    side: Side = "rows" if f"{path}.rows" in tensors else "columns"
+    index, delta = tensors[f"{path}.{side}"], tensors[f"{path}.delta"]
+    check_whole(**{f"the size of {path}": size})
+    part = Slice(side, index, delta, size)
+    if index.dtype != torch.int64 or index.dim() != 1 or delta.dim() != 2 or delta.shape[part.axis] != len(index):
+        raise ValueError(f"{path} has {side} {tuple(index.shape)} of {index.dtype} for a change {tuple(delta.shape)}")
+    return part
 
 
 @dataclass(frozen=True)
@@ -184,17 +195,13 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def write_whole(file: Path, write: Any) -> None:
-    """Let `write(path)` make a file beside the place, then put it there in one move."""
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(descriptor)
-    part = Path(name)
-    try:
-        write(part)
-        part.chmod(0o644)
-        part.rename(file)
-    finally:
-        part.unlink(missing_ok=True)
+def check_base(adapter: Adapter, own: str) -> None:
+    """ValueError where an adapter was trained on other weights than those of hash `own`."""
+    if adapter.base != own:
+        raise ValueError(
+            f"the adapter was trained on other weights than these (base {adapter.base}, these are {own}); expected its base. A model in which it "
+            "is merged already needs no second merge; with other_base=True it is taken all the same (the base in other precision, say)"
+        )
 
 
 def names_of(adapters: Iterable[str]) -> str:

@@ -71,6 +71,11 @@ def read_pairs(file: Path) -> list[Pair]:
     return pairs
 
 
+def with_room(tokenizer: Any, pairs: Sequence[Pair], longest: int) -> list[Pair]:
+    """The pairs whose questions leave room for a token of their answers."""
+    return [pair for pair in pairs if len(tokenizer(pair[0], add_special_tokens=False).input_ids) < longest]
+
+
 def encode(tokenizer: Any, pairs: Sequence[Pair], longest: int | None = None) -> Problems:
     """Tokens of pairs; the shorter are filled up at their end, where causal attention and labels leave it out.
 
@@ -78,6 +83,8 @@ def encode(tokenizer: Any, pairs: Sequence[Pair], longest: int | None = None) ->
         longest: tokens kept of a pair that has more; all by default.
     """
     end, rows, labels = tokenizer.eos_token_id, [], []
+    if end is None:
+        raise ValueError("the tokenizer has no end-of-text token, which ends an answer; expected one: set its eos_token")
     for asked, answer in pairs:
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, answer))
         rows.append([*before, *after, end][:longest])

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from fewer.language._shared.feed_forward import decoder_layers, parts_of, width_of
 from fewer.language.cfsp import CfspStats, allocate, calibrate, channel_importance, prune
 from fewer.language.cfsp.allocation import KAPPA, block_scores, keep_shares
 from fewer.language.cfsp.calibration import angular_distance
-from fewer.language.cfsp.gated_mlp import decoder_layers, parts_of, width_of
 from fewer.language.cfsp.importance import activation_importance, largest
 from fewer.meters import counting
 from fewer.tasks import micro_lm
@@ -318,11 +318,11 @@ def phi3():
     [
         (lambda s: prune(micro_lm(), s, 1.0), ValueError, "ratio is 1.0; expected at least 0 and below 1"),
         (lambda s: prune(micro_lm(), s, -0.1), ValueError, "ratio is -0.1"),
-        (lambda s: prune(micro_lm(), s, 0.5, multiple_of=0), ValueError, "multiple_of is 0; expected 1 to 128"),
+        (lambda s: prune(micro_lm(), s, 0.5, multiple_of=0), ValueError, "multiple_of is 0; expected a whole number of at least 1"),
         (lambda s: prune(micro_lm(), s, 0.5, multiple_of=256), ValueError, "multiple_of is 256; expected 1 to 128"),
         (lambda s: prune(micro_lm(), s, 0.9, multiple_of=64), ValueError, "layer 0 would keep no channels.*use a ratio of at most 0"),
-        (lambda s: prune(micro_lm(), s, 0.5, global_metric="euclid"), ValueError, "global_metric 'euclid'; expected one of angular"),
-        (lambda s: prune(micro_lm(), s, 0.5, metric="best", multiple_of=16), ValueError, "metric 'best'; expected one of relative"),
+        (lambda s: prune(micro_lm(), s, 0.5, global_metric="euclid"), ValueError, "global_metric is 'euclid'; expected one of angular"),
+        (lambda s: prune(micro_lm(), s, 0.5, metric="best", multiple_of=16), ValueError, "metric is 'best'; expected one of relative"),
         (lambda s: allocate([0.1], 0.5, 128), ValueError, "1 block; the coarse step shares out between at least two"),
         (lambda s: calibrate(micro_lm(), []), ValueError, "calibration text is empty"),
         (lambda s: calibrate(nan_model(), [IDS]), ValueError, "activations of layer 2 are not finite"),

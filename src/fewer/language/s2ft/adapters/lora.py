@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewer.data.made_whole import check_new, made_whole
 from fewer.errors import require
-from fewer.language.s2ft.adapters import WEIGHTS_FILE, Adapter, Slice
+from fewer.files import check_new, made_whole
+from fewer.language.s2ft.adapters.adapter import WEIGHTS_FILE, Adapter, Slice
 from fewer.language.s2ft.model import S2FTModel
 
 CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's maps, whose weights are stored as [in, out]
@@ -45,7 +45,8 @@ def to_peft_lora(model: S2FTModel | Path | str, out_dir: Path | str, *, overwrit
         ValueError: the directory holds no adapter.
     """
     out = Path(out_dir)
-    check_new(out, overwrite)
+    inputs = [] if isinstance(model, S2FTModel) else [model]
+    check_new(out, overwrite, inputs=inputs, option="OUT")
     adapter = model.adapter() if isinstance(model, S2FTModel) else Adapter.load(model)
     ranks = {path: len(part.index) for path, part in adapter.slices.items()}
     config = require("peft", "language").LoraConfig(
@@ -64,7 +65,7 @@ def to_peft_lora(model: S2FTModel | Path | str, out_dir: Path | str, *, overwrit
         a, b = lora_factors(part)
         for name, value in (("A", a), ("B", b)):
             tensors[f"base_model.model.{path}.lora_{name}.weight"] = value.contiguous()
-    with made_whole(out, overwrite) as folder:
+    with made_whole(out, overwrite, inputs=inputs, option="OUT") as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     return out

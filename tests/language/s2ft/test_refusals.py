@@ -84,7 +84,9 @@ def test_merging_twice_is_refused():
 
 def test_adapters_of_different_bases_are_not_added(saved):
     other = get_s2ft_model(make(seed=1), S2FTConfig(**EVERY), adapter_name="mine")
-    other.load_adapter(saved, "a")
+    with pytest.raises(ValueError, match=r"was trained on other weights than these .*expected its base"):
+        other.load_adapter(saved, "a")
+    other.load_adapter(saved, "a", other_base=True)
     with pytest.raises(ValueError, match="belong to different bases"):
         other.add_adapters(["mine", "a"])
     assert set(other.adapters) == {"mine", "a"}
@@ -107,8 +109,9 @@ def test_an_export_leaves_a_directory_with_something_in_it_alone(tmp_path):
     with pytest.raises(FileExistsError, match="is not empty; expected a new directory"):
         to_peft_lora(wrap(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
-    to_peft_lora(wrap(), tmp_path, overwrite=True)
-    assert not (tmp_path / "thesis.txt").exists()
+    with pytest.raises(FileExistsError, match="holds thesis.txt, which fewer did not write there"):
+        to_peft_lora(wrap(), tmp_path, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_offloaded_weights_are_refused():

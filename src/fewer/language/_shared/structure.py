@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fewer.language.s2ft.config import AUTO, KINDS, Kind
+from fewer.language._shared.feed_forward import check_unshared
 
 Side = Literal["rows", "columns"]
+Kind = Literal["v", "o", "u", "d"]  # units: heads with their rows of v or columns of o, channels with their rows of up or columns of down
+KINDS: tuple[Kind, ...] = get_args(Kind)
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,9 @@ def _get(module: nn.Module, path: str) -> Any:
 
 
 def check_trainable(model: nn.Module, structure: Structure, *, in_place: bool) -> None:
-    """TypeError on quantised weights that are to be changed in place; ValueError on weights that are not in memory."""
+    """TypeError on quantised weights that are to be changed in place; ValueError on weights that are shared or not in memory."""
+    members = (structure.path(layer, name) for layer in structure.layers for name in structure.family.members)
+    check_unshared(model, (model.get_submodule(path) for path in members))
     for layer in structure.layers:
         for kind in KINDS:
             path = structure.target(kind, layer).path

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from fewer.data.fetching import cache_folder
 from fewer.language import S2FTConfig, S2Linear, get_s2ft_model, memory_plan, permute_, select_units
-from fewer.language.s2ft.memory import lora_rank, saved_bytes, with_lora
+from fewer.language._shared.lora import lora_rank, with_lora
+from fewer.language._shared.structure import matrix, structure_of
 from fewer.language.s2ft.permutation import Permutation, head_order, joint_order
 from fewer.language.s2ft.selection import Selection
-from fewer.language.s2ft.structure import matrix, structure_of
+from fewer.meters import saved_bytes
 
 # Permutation
 
@@ -191,16 +192,25 @@ def test_training_is_full_training_with_masked_gradients(family, optimizer, layo
             assert not (changed & ~mask.bool()).any(), name
 
 
-def test_the_three_layouts_give_the_same_trained_model():
+@pytest.mark.parametrize(
+    ("dtype", "way", "logit", "weight"),
+    [
+        (torch.float64, torch.optim.AdamW, 1e-12, 1e-14),
+        (torch.float32, torch.optim.SGD, 1e-5, 1e-6),
+        # Adam divides by the root of squared gradients: where they are all rounding, so is the step, and processors round differently
+        (torch.float32, torch.optim.AdamW, 1e-5, 1e-5),
+    ],
+)
+def test_the_three_layouts_give_the_same_trained_model(dtype, way, logit, weight):
     models = {}
     for layout, words in LAYOUTS.items():
-        wrapped = get_s2ft_model(make("qwen2"), S2FTConfig(**EVERY, **words))
-        train(wrapped)
+        wrapped = get_s2ft_model(make("qwen2", dtype), S2FTConfig(**EVERY, **words))
+        train(wrapped, optimizer=way(trained(wrapped), lr=1e-2, weight_decay=0))
         models[layout] = (logits(wrapped), state(wrapped.merge_and_unload()))
     for layout in ("gather", "delta"):
-        assert torch.allclose(models[layout][0], models["permuted"][0], rtol=0, atol=1e-5), layout
+        assert torch.allclose(models[layout][0], models["permuted"][0], rtol=0, atol=logit), layout
         for name, value in models[layout][1].items():
-            assert torch.allclose(value, models["permuted"][1][name], rtol=0, atol=1e-6), (layout, name)
+            assert torch.allclose(value, models["permuted"][1][name], rtol=0, atol=weight), (layout, name)
 
 
 def test_a_step_between_forward_and_backward_is_an_error_as_it_is_for_any_weight():

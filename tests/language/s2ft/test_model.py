@@ -12,7 +12,7 @@ from s2ft_models import EVERY, FAMILIES, LAYOUTS, assert_tied, bits_equal, logit
 from torch import nn
 
 from fewer.language import S2FTConfig, S2FTModel, get_s2ft_model
-from fewer.language.s2ft.adapters import Adapter, Slice, add_slices, fuse
+from fewer.language.s2ft.adapters.adapter import Adapter, Slice, add_slices, fuse
 from fewer.language.s2ft.slice_linear import S2Linear
 
 

@@ -14,9 +14,9 @@ from s2ft_models import logits, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fewer.errors import UserError
+from fewer.language._shared.questions import answer_loss, draw_sums, encode, judge, read_pairs
 from fewer.language.s2ft import bench, command
 from fewer.language.s2ft.command import merge, to_lora, train
-from fewer.language.s2ft.questions import answer_loss, draw_sums, encode, judge, read_pairs
 from fewer.language.s2ft.study import Task, study
 from fewer.study import Scale, Trial
 from fewer.study.trial import FigureEvent, ObjectiveEvent, TrialSpec
@@ -59,7 +59,7 @@ def test_a_model_is_trained_merged_and_exported(fewer, directory, text, tmp_path
     ).stdout
     told = json.loads(said)
     assert told["losses"][-1] < told["losses"][0] - 0.1
-    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {".fewer.json", "adapter_config.json", "adapter_model.safetensors"}
     merge(directory, tmp_path / "adapter", tmp_path / "merged")
     to_lora(tmp_path / "adapter", tmp_path / "lora")
     ids = torch.arange(10)[None]
@@ -92,8 +92,9 @@ def test_directories_are_replaced_only_when_told(directory, text, tmp_path):
         with pytest.raises(FileExistsError):
             refused()
     assert [file.name for file in out.iterdir()] == ["thesis.txt"]
-    train(directory, out, text=[text], **words, overwrite=True)
-    assert not (out / "thesis.txt").exists()
+    with pytest.raises(FileExistsError, match="holds thesis.txt, which fewer did not write there"):
+        train(directory, out, text=[text], **words, overwrite=True)
+    train(directory, tmp_path / "adapter", text=[text], **words, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_directories_are_replaced_only_when_told(directory, text, tmp_path):
         ({}, "expected either --text .* or --jsonl"),
         ({"text": ["text.txt"], "jsonl": "rows.jsonl"}, "expected either --text .* or --jsonl"),
         ({"text": ["text.txt"], "window": 99999}, "tokens; expected at least 99999, one window"),
-        ({"text": ["text.txt"], "steps": 0}, "--steps 0"),
+        ({"text": ["text.txt"], "steps": 0}, "--steps is 0"),
         ({"text": ["text.txt"], "d_ratio": 2.0}, "d_ratio is 2.0"),
         ({"jsonl": "torn.jsonl"}, 'torn.jsonl, line 1: expected {"prompt": "...", "completion": "..."}'),
         ({"jsonl": "empty.jsonl"}, "holds no examples"),

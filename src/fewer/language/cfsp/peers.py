@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fewer.language._shared.feed_forward import count_parameters, decoder_layers, ffn_flops, width_of
 from fewer.language.cfsp.allocation import check_ratio, to_budget
 from fewer.language.cfsp.calibration import CfspStats
-from fewer.language.cfsp.gated_mlp import decoder_layers, ffn_flops, width_of
 from fewer.language.cfsp.importance import channel_importance, largest
-from fewer.language.cfsp.pruning import PruneReport, count_parameters, cut
+from fewer.language.cfsp.pruning import PruneReport, cut
 
 
 def prune_by_global_threshold(model: nn.Module, stats: CfspStats, ratio: float, multiple_of: int = 128) -> PruneReport:
