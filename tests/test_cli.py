@@ -50,6 +50,26 @@ def test_json_on_stdout_is_whole_and_alone(fewer):
     assert json.loads(fewer("data", "list", "--json").stdout)
 
 
+def test_a_ray_cluster_of_our_own_listens_on_the_loopback_address_alone(tmp_path):
+    script = """
+import psutil
+from fewer.study.engines import RayEngine
+engine = RayEngine()
+@engine.ray.remote
+def work(): ...
+engine.ray.get(work.remote())
+family = {process.pid for process in psutil.Process().children(recursive=True)} | {psutil.Process().pid}
+session = {process.pid for process in psutil.process_iter() if any("session_" in word for word in (process.cmdline() or [""]))}
+listening = [each.laddr.ip for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in family | session]
+print(len(listening), sorted({ip.removeprefix("::ffff:") for ip in listening}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=command_environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, _, addresses = done.stdout.strip().rpartition("\n")[2].partition(" ")
+    assert int(count) > 3
+    assert addresses == "['127.0.0.1']"
+
+
 def test_the_local_and_the_ray_engine_give_the_same_quality_figures(fewer):
     def figures(store, *words):
         record = json.loads(fewer("run", "guessing", "--seeds", "2", "--store", store, "--json", *words).stdout)

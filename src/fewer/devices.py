@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 
 from fewer.errors import UserError
@@ -34,3 +35,12 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not found:
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
     return "cuda" if found else "cpu"
+
+
+def keep_ray_local() -> None:
+    """Let a Ray cluster that this process starts listen on the loopback address alone. To be called before Ray is imported.
+
+    Ray has a switch for it, named after the systems that have it on by themselves; without it every one of its servers listens on all
+    of the machine's addresses, and whoever reaches one runs code.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

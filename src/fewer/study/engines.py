@@ -19,12 +19,12 @@ from multiprocessing.context import BaseContext
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from fewer.devices import keep_ray_local
 from fewer.errors import require
 from fewer.plain import plain
 from fewer.study.scratch import scratch_folder
 from fewer.study.trial import AnyEvent, FinishedEvent, ReportEvent, TrialSpec, decode_event, decode_spec, encode, run_trial
 
-LOOPBACK = "127.0.0.1"
 KEEP_OUTPUT = 4000  # characters of a crashed trial's own output that are shown
 Answer = Callable[[TrialSpec, ReportEvent], bool]
 Events = Generator[tuple[TrialSpec, AnyEvent], None, None]
@@ -202,11 +202,11 @@ class RayEngine:
     """Each trial in a fresh worker process of a Ray cluster (a local one is started where no address is given)."""
 
     def __init__(self, address: str | None = None, jobs: int | None = None) -> None:
+        if address is None:
+            keep_ray_local()
         ray = require("ray", "ray")
         if not ray.is_initialized():
-            # a cluster of our own listens on the loopback address alone
-            local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": LOOPBACK} if address is None else {}
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         self.ray, self.jobs = ray, jobs
 
     def run(self, specs: Sequence[TrialSpec], *, time_limit: float, answer: Answer | None = None) -> Events:
