@@ -406,7 +406,7 @@ def test_record_writes_the_file_on_a_clean_commit_and_refuses_a_dirty_tree(fewer
     assert record["races"][0]["kind"] == "time"
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert record["commit"] == head, "the commit of the method, not of the house"
-    assert "1 hold" in fewer("list", **environment).stdout
+    assert "1✓" in fewer("list", **environment).stdout
     assert "the tree differs" in fewer("record", "lazy-sort", status=2, **environment).stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from typing import get_args
 
 import pytest
 
@@ -55,6 +56,36 @@ def test_every_card_of_the_house_is_complete_and_in_its_place():
         if card.package.startswith("fewer."):
             assert card.package == f"fewer.{card.area}.{card.slug.replace('-', '_')}"
             assert card.results, f"{card.slug} has none of its paper's numbers"
+
+
+FACTS = ROOT / ".." / "shared" / "papers.toml"
+
+
+@pytest.mark.skipif(not FACTS.exists(), reason="the list of bibliographic facts is not on this machine")
+def test_authors_venues_and_licences_are_those_of_the_papers():
+    facts = tomllib.loads(FACTS.read_text(encoding="utf8"))
+    for card in papers.cards():
+        if card.package.startswith("fewer."):
+            said = facts[card.slug]
+            for name in ("title", "authors", "year", "venue", "code", "code_license"):
+                assert getattr(card, name) == said[name], f"{card.slug}: {name}"
+            assert said["arxiv"] in card.arxiv
+
+
+def test_every_card_of_the_house_has_a_line_for_the_list_and_words_with_kinds():
+    for card in papers.cards():
+        if card.package.startswith("fewer."):
+            assert card.brief, card.slug
+        assert all(papers.KINDS[word] for word in card.applies_to)
+    assert set(papers.KINDS) == set(get_args(papers.AppliesTo))
+
+
+def test_methods_are_chosen_by_what_they_save_and_apply_to():
+    chosen = papers.choose(papers.cards(), saves=["memory"], applies_to=["a transformers causal LM"])
+    assert {"cfsp", "s2ft"} <= {card.slug for card in chosen}
+    assert all("memory" in card.saves for card in chosen)
+    with pytest.raises(UserError, match="--saves memry: expected one of .*did you mean 'memory'"):
+        papers.choose(papers.cards(), saves=["memry"])
 
 
 def test_every_extra_that_a_card_names_exists():

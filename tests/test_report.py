@@ -60,14 +60,15 @@ def test_methods_stand_under_their_areas_and_fit_a_narrow_terminal(card):
         assert max(map(len, text.splitlines())) <= width
         assert all(each.slug in text for each in cards)
         assert text.index("forward only") < text.index("backprop-free-mlps") < text.index("statistics") < text.index("guessing")
-    assert "saves" in text
+    assert "memory, seconds" in text, "what they save, where there is room"
+    assert len(text.splitlines()) <= 2 * 24 * len(cards) // 44 + 12, "44 of them fit two screens"
 
 
 def test_a_card_shows_all_that_it_says(card):
     text = " ".join(written(card_view(card), 200).split())
     for said in (card.title, card.summary, card.when_not, card.costs, card.replaces, *card.authors):
         assert said in text
-    assert card.summary in " ".join(written(CardsTable([card]), 300).split())
+    assert card.brief in " ".join(written(CardsTable([card]), 300).split())
 
 
 def test_a_race_says_who_won_and_what_was_asked_for():

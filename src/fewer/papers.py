@@ -12,11 +12,11 @@ import difflib
 import importlib.util
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -36,6 +36,54 @@ Saves = Literal[
     "joules",
     "labels",
 ]
+AppliesTo = Literal[
+    "a torch network",
+    "a torch optimizer",
+    "a small network in C",
+    "a transformers causal LM",
+    "a language model behind an API",
+    "a diffusers pipeline",
+    "images",
+    "sequences",
+    "text",
+    "a graph",
+    "a federated job",
+    "a function of bits",
+    "a black box",
+    "an operator between functions",
+    "a signal",
+    "videos",
+    "tensors",
+    "a bilevel problem",
+    "a control loop",
+    "proofs",
+    "numbers",
+]
+# What a user points at, for each of the words above: endings of files, "/" a directory, ":" a Python function `module:name`.
+KINDS: dict[str, tuple[str, ...]] = {
+    "a torch network": (".pt2", ".onnx", ".npz"),
+    "a torch optimizer": (".npz",),
+    "a small network in C": (".pt2", ".onnx"),
+    "a transformers causal LM": ("/config.json",),
+    "a language model behind an API": ("http",),
+    "a diffusers pipeline": ("/model_index.json",),
+    "images": (".npz", "/"),
+    "sequences": (".fasta", ".txt"),
+    "text": (".txt", ".jsonl"),
+    "a graph": (".npz",),
+    "a federated job": (".npz", "/"),
+    "a function of bits": (":", ".npy"),
+    "a black box": (":",),
+    "an operator between functions": (".npz",),
+    "a signal": (".npz", ".npy"),
+    "videos": (".npz", "/"),
+    "tensors": (".npz", ".npy", ".safetensors"),
+    "a bilevel problem": (":",),
+    "a control loop": (".npz",),
+    "proofs": ("/",),
+    "numbers": (".txt", ".npy"),
+}
+BRIEF = 56  # characters
 Slug = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Line = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\n]+$")]
 
@@ -85,13 +133,22 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     extra: Slug
     replaces: Line
     saves: Annotated[list[Saves], msgspec.Meta(min_length=1)]
-    applies_to: Annotated[list[Line], msgspec.Meta(min_length=1)]
+    applies_to: Annotated[list[AppliesTo], msgspec.Meta(min_length=1)]
     needs: Literal["nothing", "calibration data", "training"]
     peers: list[Line]
     results: list[PaperResult]
+    brief: Annotated[str, msgspec.Meta(max_length=BRIEF, pattern=r"^[^\n]*$")] = ""  # the summary for a line of a list
+    works_with: list[Line] = msgspec.field(default_factory=list)  # `applies_to` in the method's own words: which objects of which library
+    venue: str = ""
+    large: str = ""  # why it takes more lines than a method should
     commands: list[Verb] = msgspec.field(default_factory=list)
     package: str = ""  # the method's Python package, filled in by the catalogue
     folder: str = ""  # where the package lies, likewise
+
+    @property
+    def line(self) -> str:
+        """What it does for you in at most 56 characters."""
+        return self.brief or (self.summary if len(self.summary) <= BRIEF else f"{self.summary[: BRIEF - 1]}…")
 
     @cached_property
     def record(self) -> dict[str, Any] | None:
@@ -204,6 +261,25 @@ def did_you_mean(word: str, known: Any) -> str:
     return f": did you mean {near[0]!r}?" if near else ""
 
 
+def choose(found: Iterable[Card], *, area: str | None = None, saves: Iterable[str] = (), applies_to: Iterable[str] = ()) -> list[Card]:
+    """The cards of an area that save all of `saves` and apply to all of `applies_to`; UserError on a word that no list has."""
+    cards_of_all = list(found)
+    areas = sorted({card.area for card in cards_of_all})
+    for option, words, known in (
+        ("--area", [area] if area else [], areas),
+        ("--saves", list(saves), get_args(Saves)),
+        ("--applies-to", list(applies_to), get_args(AppliesTo)),
+    ):
+        for word in words:
+            if word not in known:
+                raise UserError(f"{option} {word}: expected one of {', '.join(known)}{did_you_mean(word, known)}")
+    return [
+        card
+        for card in cards_of_all
+        if area in (None, card.area) and set(saves) <= set(card.saves) and set(applies_to) <= set(card.applies_to)
+    ]
+
+
 def search(words: str) -> list[Card]:
     """The cards in which every word stands, best match first (slug and title count most).
 
@@ -214,7 +290,9 @@ def search(words: str) -> list[Card]:
 
     def score(card: Card) -> int:
         head = f"{card.slug} {card.title} {card.summary}".casefold()
-        body = " ".join([head, card.area, card.replaces, *card.saves, *card.applies_to, *card.peers, *card.authors]).casefold()
+        body = " ".join(
+            [head, card.area, card.replaces, *card.saves, *card.applies_to, *card.works_with, *card.peers, *card.authors]
+        ).casefold()
         if not all(word in body for word in wanted):
             return 0
         return 1 + sum(2 * (word in card.slug) + (word in head) for word in wanted)

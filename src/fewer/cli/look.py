@@ -8,31 +8,27 @@ import typer
 
 from fewer import papers
 from fewer.cli.words import JSON, SLUG, console, escaped, print_json, tell_troubles
-from fewer.errors import UserError
 
 
 def list_methods(
     area: Annotated[str | None, typer.Option(help="Only this area.")] = None,
+    saves: Annotated[list[str] | None, typer.Option(help="Only what saves this, such as memory (repeat for more).")] = None,
+    applies_to: Annotated[list[str] | None, typer.Option(help="Only what applies to this, such as 'a graph' (repeat for more).")] = None,
     as_json: JSON = False,
 ) -> None:
-    """List the methods by area, with the verdicts on their papers' claims.
+    """List the methods by area, a line each, with the verdicts on their papers' claims.
 
-    Example: fewer list --area forward_only
+    Example: fewer list --saves memory --applies-to "a transformers causal LM"
     """
     from fewer.report import terminal
 
     tell_troubles()
-    cards = [card for card in papers.cards() if area in (None, card.area)]
-    areas = sorted({card.area for card in papers.cards()})
-    if not cards:
-        raise UserError(f"--area {area}: no such area{papers.did_you_mean(area or '', areas)} (known: {', '.join(areas)})")
+    cards = papers.choose(papers.cards(), area=area, saves=saves or [], applies_to=applies_to or [])
     if as_json:
-        return print_json(
-            [
-                {"slug": c.slug, "area": c.area, "title": c.title, "summary": c.summary, "saves": c.saves, "verdicts": c.verdicts}
-                for c in cards
-            ]
-        )
+        shown = ("slug", "area", "title", "brief", "summary", "saves", "applies_to", "verdicts")
+        return print_json([{name: getattr(card, name) for name in shown} for card in cards])
+    if not cards:
+        return console().print("No method is all of that; `fewer list` shows them all.")
     console().print(terminal.CardsTable(cards))
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fewer.doctor import Finding
-from fewer.papers import Card
+from fewer.papers import BRIEF, Card
 from fewer.quantities import show
 from fewer.study.figures import Curve, Figure
 from fewer.study.races import RaceOutcome
@@ -43,38 +43,32 @@ def _table(title: str = "", **kwargs: Any) -> Table:
 
 @dataclass(frozen=True)
 class CardsTable:
-    """The methods, a row each, under their areas; what they save is left out where the terminal is narrow."""
+    """The methods, a line each, under their areas; what they save is left out where the terminal is narrow."""
 
     cards: Sequence[Card]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= WIDE
-        table = _table()
-        table.add_column("method", no_wrap=True)
-        table.add_column("what it does for you", overflow="fold", ratio=3)
-        if wide:
-            table.add_column("saves", overflow="fold", ratio=1)
-        table.add_column("claims here", overflow="fold", min_width=12)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        slugs = max(max(len(f"  {card.slug}"), len(card.area)) for card in self.cards)
+        counts = max(len(verdict_counts(card)) for card in self.cards)
+        line = min(BRIEF, options.max_width - slugs - counts - 4)  # the one that gives way where it is narrow
+        for width in (slugs, line, *([options.max_width - slugs - line - counts - 6] if wide else []), counts):
+            table.add_column(no_wrap=True, overflow="ellipsis", width=width)
         area = None
         for card in self.cards:
             if card.area != area:
                 area = card.area
-                table.add_section()
                 table.add_row(Text(area.replace("_", " "), style="bold"))
-            table.add_row(Text(f"  {card.slug}"), Text(card.summary), *([", ".join(card.saves)] if wide else []), verdict_counts(card))
+            saves = [Text(", ".join(card.saves), style="dim")] if wide else []
+            table.add_row(Text(f"  {card.slug}"), Text(card.line), *saves, Text(verdict_counts(card)))
         yield table
+        yield Text("claims here: ✓ hold, ✗ fail, ~ undecided, ? not testable; `fewer show METHOD` says more", style="dim")
 
 
 def verdict_counts(card: Card) -> str:
-    """ "3 hold, 2 fail, 1 not testable"."""
-    counts = card.verdicts
-    words = [
-        (counts["holds"], "hold"),
-        (counts["fails"], "fail"),
-        (counts["undecided"], "undecided"),
-        (counts["not testable here"], "not testable"),
-    ]
-    return ", ".join(f"{count} {word}" for count, word in words if count) or "not recorded yet"
+    """ "3✓ 2✗ 1?"; "-" where nothing is recorded yet."""
+    return " ".join(f"{count}{MARKS[verdict][0][0]}" for verdict, count in card.verdicts.items() if count) or "-"
 
 
 def card_view(card: Card) -> RenderableType:
@@ -89,11 +83,12 @@ def card_view(card: Card) -> RenderableType:
         ("replaces", card.replaces),
         ("saves", ", ".join(card.saves)),
         ("applies to", "; ".join(card.applies_to)),
+        ("works with", "; ".join(card.works_with)),
         ("needs", card.needs),
         ("peers", ", ".join(card.peers)),
-        ("paper", f"{card.title} ({', '.join(card.authors)}, {card.year})"),
+        ("paper", f"{card.title} ({', '.join(card.authors)}, {card.venue or card.year})"),
         ("arXiv", ", ".join(card.arxiv)),
-        ("authors' code", f"{card.code} ({card.code_license})" if card.code else ""),
+        ("authors' code", f"{card.code} ({card.code_license or 'no licence stated'})" if card.code else ""),
         ("in Python", f"import {card.package}"),
         ("install", f"pip install 'fewer[{card.extra}]'"),
         ("run", "; ".join([f"fewer run {card.slug}", *(f"fewer {verb.name}" for verb in card.commands)])),
@@ -102,7 +97,10 @@ def card_view(card: Card) -> RenderableType:
             facts.add_row(name, Text(value))
     parts: list[RenderableType] = [Text(f"{card.slug}", style="bold"), facts, _paper_results(card)]
     if card.record:
-        record = msgspec.convert(card.record, Record)
+        try:
+            record = msgspec.convert(card.record, Record)
+        except msgspec.ValidationError as error:
+            return Group(*parts, Text(f"its record.json is none of this version ({error}); make it again with `fewer record`"))
         parts += [verdicts_table(record.claims), Text(machine_line(record.environment, record.date), style="dim")]
     return Group(*parts)
 
