@@ -1,4 +1,4 @@
 from . import spright
-from .spright import ArrayFunction, SparseSpectrum, SparseWalshRegressor, fwht, sparse_wht
+from .spright import ArrayFunction, SparseSpectrum, SparseWalshRegressor, WHTConfig, fwht, sparse_wht
 
-__all__ = ["ArrayFunction", "SparseSpectrum", "SparseWalshRegressor", "fwht", "sparse_wht", "spright"]
+__all__ = ["ArrayFunction", "SparseSpectrum", "SparseWalshRegressor", "WHTConfig", "fwht", "sparse_wht", "spright"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fewer.signals.spright import ArrayFunction, SparseSpectrum, SparseWalshRegressor, sparse_wht
+from fewer.signals.spright import ArrayFunction, SparseSpectrum, SparseWalshRegressor, WHTConfig, sparse_wht
 from fewer.signals.spright.command import wht
 
 
@@ -16,23 +16,24 @@ def ones(m):
 @pytest.mark.parametrize(
     ("n", "arguments", "message"),
     [
-        (0, {}, "n is 0; expected at least 1"),
-        (5, {"sparsity": 0}, "sparsity is 0; expected 1 to 2^5"),
+        (0, {}, "n is 0; expected a whole number of at least 1"),
+        (5, {"sparsity": 0}, "sparsity is 0; expected a whole number of at least 1"),
         (5, {"sparsity": 33}, "sparsity is 33; expected 1 to 2^5"),
         (5, {"bins": 12}, "bins is 12; expected a power of two up to 2^5, such as 16"),
         (5, {"bins": 64}, "bins is 64; expected a power of two up to 2^5, such as 32"),
         (5, {"bins": 0}, "bins is 0; expected a power of two"),
-        (20, {"groups": 1}, "groups is 1; expected at least 2"),
+        (20, {"groups": 1}, "groups is 1; expected a whole number of at least 2"),
         (20, {"noise_std": -0.1}, "noise_std is -0.1; expected a finite number of at least 0"),
         (20, {"noise_std": float("nan")}, "noise_std is nan"),
         (20, {"noise_std": 0.5, "design": "none"}, "reads functions without noise; use 'so' or 'nso'"),
-        (20, {"design": "best"}, "design is 'best'; expected one of 'so', 'nso', 'none'"),
-        (20, {"hashing": "modulo"}, "hashing is 'modulo'; expected one of"),
-        (20, {"rate": 4}, "rate is 4; expected one of 2, 3"),
-        (20, {"sparsity": 60, "hashing": "partition"}, "3 groups of 7 coordinates and n = 20; expected groups x log2(bins) <= n"),
-        (20, {"max_degree": -1}, "max_degree is -1; expected at least 0"),
-        (20, {"max_queries": 0}, "max_queries is 0; expected at least 1"),
-        (20, {"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        (20, {"design": "best"}, "design is 'best'; expected one of so, nso, none"),
+        (
+            20,
+            {"sparsity": 60, "config": WHTConfig(hashing="partition")},
+            "3 groups of 7 coordinates and n = 20; expected groups x log2(bins) <= n",
+        ),
+        (20, {"max_degree": -1}, "max_degree is -1; expected a whole number of at least 0"),
+        (20, {"max_queries": 0}, "max_queries is 0; expected a whole number of at least 1"),
     ],
 )
 def test_an_argument_out_of_range_is_named(n, arguments, message):
@@ -46,6 +47,21 @@ def test_an_argument_out_of_range_is_named(n, arguments, message):
         sparse_wht(f, n, **arguments)
     assert message in str(caught.value)
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hashing": "modulo"}, "hashing is 'modulo'; expected one of"),
+        ({"rate": 4}, "rate is 4; expected one of 2, 3"),
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
+        ({"min_magnitude": -1.0}, "min_magnitude is -1.0; expected a finite number of at least 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(settings, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        WHTConfig(**settings)
+    assert message in str(caught.value)
 
 
 def test_too_few_queries_for_a_round_say_how_many_it_needs():
@@ -72,7 +88,7 @@ def test_too_few_queries_for_a_round_say_how_many_it_needs():
 )
 def test_answers_of_a_wrong_kind_are_refused(answer, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
-        sparse_wht(answer, 20, sparsity=8, batch_size=500)
+        sparse_wht(answer, 20, sparsity=8, config=WHTConfig(batch_size=500))
     assert message in str(caught.value)
 
 
@@ -88,7 +104,7 @@ def test_an_answer_that_is_not_finite_is_named_by_its_row_and_nothing_more_is_as
         return answers
 
     with pytest.raises(ValueError, match=f"f gave {bad} in row 17 of a batch of 100 \\(query 217\\); expected finite numbers"):
-        sparse_wht(f, 20, sparsity=8, batch_size=100)
+        sparse_wht(f, 20, sparsity=8, config=WHTConfig(batch_size=100))
     assert len(calls) == 3
 
 
@@ -102,7 +118,7 @@ def test_an_exception_of_f_comes_through_with_the_queries_spent():
         return np.ones(len(m))
 
     with pytest.raises(ConnectionError, match="the service is down") as caught:
-        sparse_wht(f, 20, sparsity=8, batch_size=100)
+        sparse_wht(f, 20, sparsity=8, config=WHTConfig(batch_size=100))
     assert caught.value.__notes__ == ["300 queries had been answered before the batch of 100 in which f raised this"]
 
 

@@ -10,6 +10,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from fewer.signals.spright.bins.offsets import Design
+from fewer.signals.spright.bins.plan import WHTConfig
 from fewer.signals.spright.bins.queries import Executor
 from fewer.signals.spright.recovery import sparse_wht
 from fewer.signals.spright.spectrum import SparseSpectrum, as_bits
@@ -39,7 +40,7 @@ class SparseWalshRegressor(RegressorMixin, BaseEstimator):
         *,
         noise_std: float | None = None,
         design: Design = "so",
-        groups: int = 3,
+        groups: int | None = None,
         bins: int | None = None,
         max_queries: int | None = None,
         max_degree: int | None = None,
@@ -66,7 +67,9 @@ class SparseWalshRegressor(RegressorMixin, BaseEstimator):
         if not callable(model_predict):
             raise TypeError(f"model_predict is {type(model_predict).__name__}; expected a function of rows of bits, such as model.predict")
         given = self.get_params(deep=False)
-        self.spectrum_: SparseSpectrum = sparse_wht(model_predict, n_features, seed=given.pop("random_state"), executor=executor, **given)
+        self.spectrum_: SparseSpectrum = sparse_wht(
+            model_predict, n_features, seed=given.pop("random_state"), config=WHTConfig(executor=executor), **given
+        )
         self.n_features_in_ = n_features
         return self
 

@@ -13,10 +13,13 @@ from jaxtyping import Float64, Int64
 
 from fewer.signals.spright.bins.bits import Bits, Words, pack, signs
 from fewer.signals.spright.bins.code import generator_matrix
+from fewer.signals.spright.bins.hashing import add_columns
 
 Design = Literal["so", "nso", "none"]
 FLIPS, CODE, LIST = 0, 1, 2  # how a bin is read: by pairs of offsets, by a code, by trying a list of candidates
-NOISELESS_CHECKS = 16  # not in the paper; three equal coefficients pass for one at a random offset with probability 3/4
+NOISELESS_OFFSETS = (
+    24  # at least; three equal coefficients pass for one at an offset with probability 3/4, and in a bin with 1e-3 / B (not in the paper)
+)
 SHORT_LIST = 43_745  # candidates of weight <= 3 among 64 variables
 
 
@@ -32,6 +35,7 @@ class Offsets:
         rate: outputs of the code a step.
         candidates: LIST: the vectors tried, packed [L, W].
         candidate_signs: LIST: their signatures (-1)^<d_p, k> [L, P].
+        spread: FLIPS, CODE: what each bit that is read adds to the index, packed [n, W]; the unit vectors, except where flips are random.
     """
 
     points: Bits
@@ -40,6 +44,7 @@ class Offsets:
     rate: int
     candidates: Words
     candidate_signs: Float64[np.ndarray, "candidates offsets"]
+    spread: Words
 
     @property
     def words(self) -> Words:
@@ -49,7 +54,9 @@ class Offsets:
 def choose_offsets(n: int, design: Design, max_degree: int | None, rng: np.random.Generator, rate: int = 2) -> Offsets:
     """The offsets of a design for n variables.
 
-    "none": 0, e_1 ... e_n, and 16 random ones that do not vote. "nso": P_1 random d_p, and d_p + e_i for all i. "so": the rows of the
+    "none": d, d + r_1 ... d + r_n with random independent r_i, and where these are fewer than 28 random ones that do not vote. The r_i take
+    the place of the paper's e_i, so that each offset verifies as well as it votes: unit vectors tell equal coefficients of few ones apart
+    only with further offsets (not in the paper). "nso": P_1 random d_p, and d_p + e_i for all i. "so": the rows of the
     code, shifted by a common random vector, and P_1 random ones that do not vote; P_1 = max(8, n / 2). With `max_degree` (designs for
     noise): about 2 t log2(n / t) random ones, where the list of candidates is short.
 
@@ -62,7 +69,7 @@ def choose_offsets(n: int, design: Design, max_degree: int | None, rng: np.rando
         ratio = max(2.0, n / max(max_degree, 1))
         points = distinct([], rng, max(8, math.ceil(2 * max(max_degree, 1) * math.log2(ratio))), n)
         candidates = candidate_words(n, max_degree, count)
-        return Offsets(points, LIST, np.zeros((0, 0), dtype=np.int64), 0, candidates, signs(candidates, pack(points)))
+        return Offsets(points, LIST, np.zeros((0, 0), dtype=np.int64), 0, candidates, signs(candidates, pack(points)), candidates[:0])
     if design == "so":
         code = generator_matrix(n, rate) ^ rng.integers(0, 2, size=(1, n), dtype=np.uint8)
         points = distinct(code, rng, checks, n)
@@ -71,12 +78,33 @@ def choose_offsets(n: int, design: Design, max_degree: int | None, rng: np.rando
             if vote in seen:
                 votes[0, place] = -1
             seen.add(vote)
-        return Offsets(points, CODE, votes, rate, *_no_candidates(len(points), n))
-    bases = np.zeros((1, n), dtype=np.uint8) if design == "none" else distinct([], rng, checks, n)
-    flips = np.concatenate([np.zeros((1, n), dtype=np.uint8), np.eye(n, dtype=np.uint8)])
-    pairs = (bases[:, None] ^ flips).reshape(-1, n)
-    points = distinct(pairs, rng, NOISELESS_CHECKS if design == "none" else 0, n)
-    return Offsets(points, FLIPS, places(pairs, points).reshape(len(bases), n + 1), 0, *_no_candidates(len(points), n))
+        return Offsets(points, CODE, votes, rate, *_no_candidates(len(points), n), pack(np.eye(n, dtype=np.uint8)))
+    if design == "none":
+        bases, (flips, inverse) = rng.integers(0, 2, size=(1, n), dtype=np.uint8), random_basis(n, rng)
+    else:
+        bases, flips, inverse = distinct([], rng, checks, n), np.eye(n, dtype=np.uint8), np.eye(n, dtype=np.uint8)
+    pairs = (bases[:, None] ^ np.concatenate([np.zeros((1, n), dtype=np.uint8), flips])).reshape(-1, n)
+    points = distinct(pairs, rng, max(0, NOISELESS_OFFSETS - len(pairs)) if design == "none" else 0, n)
+    votes = places(pairs, points).reshape(len(bases), n + 1)
+    return Offsets(points, FLIPS, votes, 0, *_no_candidates(len(points), n), pack(inverse))
+
+
+def random_basis(n: int, rng: np.random.Generator) -> tuple[Bits, Bits]:
+    """Random independent r_1 ... r_n [n, n], and what <r_i, k> = 1 adds to k, for each i: the columns of the inverse.
+
+    >>> flips, inverse = random_basis(5, np.random.default_rng(0))
+    >>> ((flips.astype(int) @ inverse.T) % 2 == np.eye(5)).all()
+    np.True_
+    """
+    flips = add_columns(np.zeros((0, n), dtype=np.uint8), n, rng)
+    both = np.concatenate([flips, np.eye(n, dtype=np.uint8)], axis=1)
+    for i in range(n):  # Gauss and Jordan over GF(2)
+        pivot = i + int(both[i:, i].argmax())
+        both[[i, pivot]] = both[[pivot, i]]
+        others = both[:, i].astype(bool)
+        others[i] = False
+        both[others] ^= both[i]
+    return flips, both[:, n:].T.copy()
 
 
 def candidate_count(n: int, max_degree: int) -> int:

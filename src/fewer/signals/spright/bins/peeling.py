@@ -22,7 +22,7 @@ class Limits(NamedTuple):
 
     Attributes:
         noiseless: compare magnitudes instead of energies.
-        floor: noiseless: the magnitude below which a bin is empty (rounding).
+        floor: the magnitude of rounding, below which a bin without noise is empty.
         energy: noisy: (1 + gamma) nu^2 of each group [C].
         magnitude: noisy: rho_min of each group [C].
         max_degree: ones that an index may have.
@@ -33,6 +33,39 @@ class Limits(NamedTuple):
     energy: Float64[np.ndarray, "groups"]
     magnitude: Float64[np.ndarray, "groups"]
     max_degree: int
+
+
+class Reading(NamedTuple):
+    """How a bin is read: the fields of `Offsets`, the code's outputs, and the candidates of each bin.
+
+    Attributes:
+        offsets: packed [P, W].
+        kind: FLIPS, CODE or LIST.
+        votes, rate, candidates, candidate_signs, spread: as in `Offsets`.
+        outputs: of the code, for every content of its register.
+        order: the candidates sorted by the bin they fall into, for each group [C, L].
+        starts: where each bin's begin [C, B + 1].
+    """
+
+    offsets: np.ndarray
+    kind: int
+    votes: np.ndarray
+    rate: int
+    outputs: np.ndarray
+    candidates: np.ndarray
+    candidate_signs: np.ndarray
+    spread: np.ndarray
+    order: np.ndarray
+    starts: np.ndarray
+
+
+class Found(NamedTuple):
+    """What peeling fills: coefficients, packed, with their values; a table of their places; the state of each bin."""
+
+    indices: np.ndarray
+    values: np.ndarray
+    table: np.ndarray
+    state: np.ndarray
 
 
 class Peeled(NamedTuple):
@@ -61,18 +94,17 @@ def peel(bins: Float64[np.ndarray, "groups bins offsets"], columns: Words, offse
     """
     groups, width = bins.shape[:2]
     order, starts = _cosets(columns, offsets.candidates, width)
+    o = offsets
+    reading = Reading(o.words, o.reading, o.votes, o.rate, OUTPUTS, o.candidates, o.candidate_signs, o.spread, order, starts)
     room = PEELS_A_BIN * groups * width + 16
-    indices = np.empty((room, columns.shape[2]), dtype=np.uint64)
-    values = np.zeros(room)
-    table = np.full(1 << (2 * room).bit_length(), -1, dtype=np.int32)
-    state = np.full((groups, width), MULTI, dtype=np.uint8)
-    found = _peel(
-        bins, columns, offsets.words, n,
-        offsets.reading, offsets.votes, offsets.rate, OUTPUTS, offsets.candidates, offsets.candidate_signs, order, starts,
-        limits.noiseless, limits.floor, limits.energy, limits.magnitude, limits.max_degree,
-        indices, values, table, state,
-    )  # fmt: skip
-    return Peeled(indices[:found], values[:found], state)
+    found = Found(
+        np.empty((room, columns.shape[2]), dtype=np.uint64),
+        np.zeros(room),
+        np.full(1 << (2 * room).bit_length(), -1, dtype=np.int32),
+        np.full((groups, width), MULTI, dtype=np.uint8),
+    )
+    count = _peel(bins, columns, n, reading, limits, found)
+    return Peeled(found.indices[:count], found.values[:count], found.state)
 
 
 def _cosets(columns: Words, candidates: Words, width: int) -> tuple[Int64[np.ndarray, "groups l"], Int64[np.ndarray, "groups bins"]]:
@@ -138,12 +170,14 @@ def _best_candidate(u: np.ndarray, candidate_signs: np.ndarray, listed: np.ndarr
 
 
 @numba.njit(cache=True)
-def _pack_into(bits: np.ndarray, index: np.ndarray) -> None:  # pragma: no cover - compiled
+def _sum_into(bits: np.ndarray, spread: np.ndarray, index: np.ndarray) -> None:  # pragma: no cover - compiled
+    """The index whose bits in the basis of `spread` are these."""
     for word in range(index.size):
         index[word] = 0
     for i in range(bits.size):
         if bits[i]:
-            index[i >> 6] |= np.uint64(1) << np.uint64(63 - (i & 63))
+            for word in range(index.size):
+                index[word] ^= spread[i, word]
 
 
 @numba.njit(cache=True)
@@ -182,55 +216,58 @@ def _can_be_single(u: np.ndarray, noiseless: bool, floor: float, energy_limit: f
 
 
 @numba.njit(cache=True)
-def _peel(
-    bins, columns, offsets, n,
-    reading, votes, rate, outputs, candidates, candidate_signs, order, starts,
-    noiseless, floor, energy_limit, magnitude, max_degree,
-    indices, values, table, state,
-):  # fmt: skip  # pragma: no cover - compiled
-    """The work queue. Fills indices, values and state; returns how many coefficients were found."""
+def _read(u: np.ndarray, group: int, j: int, reading, bits: np.ndarray, index: np.ndarray) -> bool:  # pragma: no cover - compiled
+    """Write the index that a bin says, were it a single-ton; False where it says none."""
+    if reading.kind == LIST:
+        listed = reading.order[group, reading.starts[group, j] : reading.starts[group, j + 1]]
+        best = _best_candidate(u, reading.candidate_signs, listed)
+        if best >= 0:
+            index[:] = reading.candidates[best]
+        return best >= 0
+    if reading.kind == CODE:
+        _decode(u, reading.votes, reading.rate, reading.outputs, bits)
+    else:
+        _vote(u, reading.votes, bits)
+    _sum_into(bits, reading.spread, index)
+    return True
+
+
+@numba.njit(cache=True)
+def _peel(bins, columns, n, reading, limits, found):  # pragma: no cover - compiled
+    """The work queue: a bin that changed is looked at again. Fills `found`; returns how many coefficients were found."""
     groups, width, _ = bins.shape
     queue = np.arange(groups * width)
     queued = np.ones(groups * width, dtype=np.bool_)
-    head, waiting, found, peels = 0, groups * width, 0, 0
-    bits, row, sign = np.zeros(n, dtype=np.uint8), np.empty((1, columns.shape[2]), dtype=np.uint64), np.empty(offsets.shape[0])
+    head, waiting, count, peels = 0, groups * width, 0, 0
+    bits, row, sign = np.zeros(n, dtype=np.uint8), np.empty((1, columns.shape[2]), dtype=np.uint64), np.empty(bins.shape[2])
     index = row[0]
-    while waiting and peels < indices.shape[0]:
+    while waiting and peels < found.indices.shape[0]:
         place = queue[head]
         head, waiting = (head + 1) % queue.size, waiting - 1
         queued[place] = False
         group, j = place // width, place % width
         u = bins[group, j]
-        state[group, j] = _can_be_single(u, noiseless, floor, energy_limit[group])
-        if state[group, j] != SINGLE:
+        state = _can_be_single(u, limits.noiseless, limits.floor, limits.energy[group])
+        found.state[group, j] = MULTI if state == SINGLE else state  # until it is explained
+        if state != SINGLE or not _read(u, group, j, reading, bits, index):
             continue
-        state[group, j] = MULTI
-        if reading == LIST:
-            best = _best_candidate(u, candidate_signs, order[group, starts[group, j] : starts[group, j + 1]])
-            if best < 0:
-                continue
-            index[:] = candidates[best]
-        else:
-            if reading == CODE:
-                _decode(u, votes, rate, outputs, bits)
-            else:
-                _vote(u, votes, bits)
-            _pack_into(bits, index)
-            if _bin(columns[group], index) != j or _ones(index) > max_degree:
-                continue
+        if _bin(columns[group], index) != j or _ones(index) > limits.max_degree:
+            continue
         value = 0.0
         for p in range(u.size):
-            sign[p] = -1.0 if parity(offsets[p], index) else 1.0
+            sign[p] = -1.0 if parity(reading.offsets[p], index) else 1.0
             value += u[p] * sign[p]
         value /= u.size
-        if not _explains(u, value, sign, noiseless, floor, energy_limit[group], magnitude[group]):
+        if not _explains(u, value, sign, limits.noiseless, limits.floor, limits.energy[group], limits.magnitude[group]):
             continue
-        slot = find(table, indices, row, 0)
-        if table[slot] < 0:
-            indices[found] = index
-            table[slot] = found
-            found += 1
-        values[table[slot]] += value
+        if limits.noiseless and _is_nowhere_else(bins, columns, index, group, limits.floor):
+            continue
+        slot = find(found.table, found.indices, row, 0)
+        if found.table[slot] < 0:
+            found.indices[count] = index
+            found.table[slot] = count
+            count += 1
+        found.values[found.table[slot]] += value
         peels += 1
         for other in range(groups):
             hashed = _bin(columns[other], index)
@@ -243,8 +280,19 @@ def _peel(
                 waiting += 1
     for place in range(groups * width):  # bins that were still to be looked at when the peels were used up
         if queued[place]:
-            state[place // width, place % width] = MULTI
-    return found
+            found.state[place // width, place % width] = MULTI
+    return count
+
+
+@numba.njit(cache=True)
+def _is_nowhere_else(
+    bins: np.ndarray, columns: np.ndarray, index: np.ndarray, group: int, floor: float
+) -> bool:  # pragma: no cover - compiled
+    """Whether another group's bin, where the coefficient must be, too, is empty: then it is the ghost of several (not in the paper)."""
+    for other in range(bins.shape[0]):  # noqa: SIM110 - numba has no generators
+        if other != group and np.abs(bins[other, _bin(columns[other], index)]).max() <= floor:
+            return True
+    return False
 
 
 @numba.njit(cache=True)

@@ -17,12 +17,13 @@ BinVectors = Float64[np.ndarray, "groups bins offsets"]
 
 
 class Refined(NamedTuple):
-    """Coefficients that stayed, packed [K, W], with values [K], standard errors [K] and the noise variance nu^2 of a bin."""
+    """Coefficients that stayed, packed [K, W], with values [K], standard errors [K], the noise variance nu^2 of a bin, and what is left [C, B, P]."""
 
     indices: Words
     values: Float64[np.ndarray, "coefficients"]
     stderr: Float64[np.ndarray, "coefficients"]
     bin_variance: float
+    left: BinVectors
 
 
 def refine(
@@ -33,6 +34,7 @@ def refine(
     offsets: Words,
     indices: Words,
     repeats: float,
+    rounding: float = 0.0,
 ) -> Refined:
     """Fit the values of the found coefficients to all bins, drop those below three standard errors, and fit again.
 
@@ -46,6 +48,7 @@ def refine(
         columns: of every M_c, packed [C, b, W].
         offsets: packed [P, W].
         indices: the found ones, packed [K, W].
+        rounding: values up to it are none: where a ghost was found and taken back, it is what is left of both.
         repeats: samples for each distinct query: those at the same point carry the same noise.
     """
     weights = bin_weights(left, settled)
@@ -55,9 +58,9 @@ def refine(
         spare = trusted.sum() * len(offsets) - len(indices)
         variance = float((residual[trusted] ** 2).sum() / max(spare, 1))
         stderr = np.sqrt(variance * repeats * np.diag(covariance))
-        kept = np.abs(values) >= SIGNIFICANT * stderr
+        kept = (np.abs(values) >= SIGNIFICANT * stderr) & (np.abs(values) > rounding)
         if kept.all():
-            return Refined(indices, values, stderr, variance)
+            return Refined(indices, values, stderr, variance, residual)
         indices = indices[kept]
 
 
