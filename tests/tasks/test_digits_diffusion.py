@@ -14,7 +14,8 @@ from fewer.errors import UserError
 from fewer.tasks import frechet_distance, load_digits_diffusion
 from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser, draw_sigma, loss_weight, lr_at, preconditioning, train_denoiser
 from fewer.tasks.digit_features import DigitFeatures, train_features
-from fewer.tasks.digits_diffusion import RECIPES, SIGMA_MAX, SIGMA_MIN, DigitsDiffusion, digit_images, unipc
+from fewer.tasks.digit_sampling import SIGMA_MAX, SIGMA_MIN, unipc
+from fewer.tasks.digits_diffusion import RECIPES, DigitsDiffusion, digit_images
 
 SMALL = DenoiserRecipe(side=8, width=32, blocks=1, classes=10, steps=40, batch=64, warm_up=5)
 

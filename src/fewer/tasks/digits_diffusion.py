@@ -20,10 +20,9 @@ from fewer.data.made_once import WEIGHTS, folder_of, made_once
 from fewer.errors import UserError
 from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser, train_denoiser
 from fewer.tasks.digit_features import DigitFeatures, train_features
+from fewer.tasks.digit_sampling import Denoise, unipc
 
 VERSION = 1  # of all that is not in the recipe: raise it when the code trains another model from the same settings
-SIGMA_MAX, SIGMA_MIN = 80.0, 0.02
-REFERENCE_STEPS = 300
 DIGITS_FOR_TRAINING = 1400  # of scikit-learn's 1,797
 
 RECIPES = {
@@ -31,8 +30,6 @@ RECIPES = {
     "mnist16": DenoiserRecipe(side=16, width=512, classes=10),  # 2.07 million parameters
     "mnist28": DenoiserRecipe(side=28, width=768, classes=10, steps=6000),
 }
-
-Denoise = Callable[[Tensor, Tensor | float], Tensor]
 
 
 class Schedule(Protocol):
@@ -206,23 +203,3 @@ def digit_images(kind: str, split: str) -> tuple[Tensor, Tensor]:
     if kind == "mnist16":
         pixels = F.avg_pool2d(F.pad(pixels, (2, 2, 2, 2), value=-1.0), 2)
     return pixels, torch.from_numpy(images.y)
-
-
-@torch.no_grad()
-def unipc(denoise: Denoise, x: Tensor, steps: int = REFERENCE_STEPS) -> Tensor:
-    """From noise x of deviation 80 to 0.02 by diffusers' UniPC of order 3, steps of equal length in log sigma."""
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-
-    scheduler = UniPCMultistepScheduler(
-        solver_order=3, prediction_type="epsilon", final_sigmas_type="sigma_min", use_exponential_sigmas=True
-    )
-    scheduler.set_timesteps(steps + 1)  # its last step goes nowhere and is left out
-    sigmas = torch.linspace(np.log(SIGMA_MAX), np.log(SIGMA_MIN), steps + 1, dtype=torch.float64).exp()
-    scheduler.sigmas = torch.cat([sigmas, sigmas[-1:]])
-    scheduler.set_begin_index(0)
-    scale = (1 + sigmas**2).rsqrt().tolist()  # diffusers' states are alpha x, alpha^2 + (alpha sigma)^2 = 1
-    state = x * scale[0]
-    for t, sigma, alpha in zip(scheduler.timesteps[:-1], sigmas.tolist(), scale, strict=False):
-        clean = denoise(state / alpha, sigma)
-        state = scheduler.step((state / alpha - clean) / sigma, t, state, return_dict=False)[0]
-    return state / scale[-1]

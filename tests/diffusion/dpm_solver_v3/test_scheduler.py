@@ -155,7 +155,10 @@ def test_times_and_noise_are_those_of_the_schedules_own_number_of_steps(steps):
     ],
 )
 def test_a_config_that_means_something_else_is_refused_by_name(ems, config, words):
-    for act in (lambda: NoiseSchedule.from_diffusers(config), lambda: DPMSolverV3Scheduler.from_config(getattr(config, "config", config), ems=ems)):
+    for act in (
+        lambda: NoiseSchedule.from_diffusers(config),
+        lambda: DPMSolverV3Scheduler.from_config(getattr(config, "config", config), ems=ems),
+    ):
         with pytest.raises(ValueError, match=words):
             act()
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from PIL import Image
 
 from fewer.diffusion import EMS, DPMSolverV3Scheduler, estimate_ems, model_hash, sample
 from fewer.diffusion._shared import GaussianMixture, NoiseSchedule, as_epsilon
+from fewer.diffusion._shared.pipelines import open_pipeline, read_images
 from fewer.diffusion.dpm_solver_v3.command import ems as ems_command
-from fewer.diffusion.dpm_solver_v3.command import load_model, read_images
 from fewer.diffusion.dpm_solver_v3.estimation import f_and_derivative, point_terms, regression
 
 VP = NoiseSchedule.from_diffusers(DDPMScheduler())
@@ -234,21 +235,29 @@ def files(tmp_path, unet):
     return tmp_path
 
 
-def test_the_verb_writes_statistics_that_the_scheduler_takes(fewer, files, unet):
-    done = fewer("ems", "model", "images", "--out", "ems", "--timesteps", "8", "--samples", "64", "--json", cwd=files)
-    assert json.loads(done.stdout) == {"out": "ems", "timesteps": 8, "samples": 64, "shape": [1, 8, 8], "model": model_hash(unet)}
+def test_the_verb_writes_statistics_that_the_scheduler_takes(files, unet, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    ems_command(Path("model"), Path("images"), Path("ems"), timesteps=8, samples=64, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {
+        "out": "ems",
+        "timesteps": 8,
+        "samples": 64,
+        "shape": [1, 8, 8],
+        "model": model_hash(unet),
+    }
     written = EMS.from_pretrained(files / "ems", model=unet)
     DPMSolverV3Scheduler(written).set_timesteps(5)
 
 
 def test_what_is_no_model_and_images_of_another_size_are_refused(files):
-    with pytest.raises(FileNotFoundError, match="unet/config.json is no file"):
-        load_model(files / "images")
+    with pytest.raises(FileNotFoundError, match="has no unet/config.json"):
+        open_pipeline(files / "images")
     with pytest.raises(FileNotFoundError, match="no .png"):
         read_images(files / "model", 1, 8)
     Image.new("L", (9, 8)).save(files / "images" / "wide.png")
     with pytest.raises(ValueError, match="wide.png is 9 x 8; expected 8 x 8"):
         read_images(files / "images", 1, 8)
     (files / "ems").mkdir()
+    (files / "ems" / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="--overwrite"):
         ems_command(files / "model", files / "images", files / "ems")

@@ -213,9 +213,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if str(config.get("prediction_type", "")).startswith("flow"):
         raise ValueError(f"prediction_type {config['prediction_type']!r} is flow matching; expected epsilon, sample or v_prediction")
     if not {"beta_start", "beta_schedule", "trained_betas"} & set(config):
-        raise ValueError(
-            f"the config of {name} has no betas; expected beta_start, beta_end and beta_schedule, or trained_betas"
-        )
+        raise ValueError(f"the config of {name} has no betas; expected beta_start, beta_end and beta_schedule, or trained_betas")
 
 
 def interpolate(x: Times, xs: Float64[Tensor, "n"], ys: Float64[Tensor, "n"]) -> Times:

@@ -180,7 +180,8 @@ def estimate_ems(
 
     def moments_at(i: int) -> Moments:
         parts = (
-            point_terms(_of_rows(eps, rows, len(data)), schedule, *drawn, lambdas[i], chosen).moments() for rows, *drawn in draws.at(i)
+            point_terms(_of_rows(eps, rows, len(data)), schedule, clean, noise, probe, lambdas[i], chosen).moments()
+            for rows, clean, noise, probe in draws.at(i)
         )
         return functools.reduce(Moments.plus, parts).divided_by(num_samples)
 
@@ -248,8 +249,7 @@ def _of_rows(eps: Epsilon, rows: Tensor, count: int) -> Epsilon:
 
 def _mode_that_works(eps: Epsilon, schedule: NoiseSchedule, draws: _Draws, lambda_: Tensor, wanted: Mode | None) -> Mode:
     """Call the network once, and once for its derivative, so that trouble with either is told apart; how it is differentiated."""
-    rows, *drawn = (each[:2] for each in next(draws.at(0)))  # one sample alone hides what torch refuses of strides
-    clean, noise, _ = drawn
+    rows, clean, noise, probe = (each[:2] for each in next(draws.at(0)))  # one sample alone hides what torch refuses of strides
     eps = _of_rows(eps, rows, len(draws.data))
     with torch.no_grad():
         try:
@@ -261,7 +261,7 @@ def _mode_that_works(eps: Epsilon, schedule: NoiseSchedule, draws: _Draws, lambd
             ) from error
         tried: Mode = wanted or "forward"
         try:
-            point_terms(eps, schedule, *drawn, lambda_, tried)
+            point_terms(eps, schedule, clean, noise, probe, lambda_, tried)
         except (NotImplementedError, RuntimeError) as error:
             if wanted is None:
                 return _mode_that_works(eps, schedule, draws, lambda_, "double-backward")
