@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from conftest import ROOT
 from fewer import data
 from fewer.data.declarations import Source
 from fewer.data.fetching import cached, checksum, obtain
-from fewer.data.image_sets import CIFAR10
+from fewer.data.image_sets import CIFAR10, read_cifar10_archive
 from fewer.errors import DataUnavailable, UserError
 
 SHARED = ROOT / ".." / "shared" / "data"
@@ -240,6 +242,49 @@ def test_cifar10_is_read_from_its_jpeg_files_and_says_so(monkeypatch):
     assert len(test.classes) == 10
     assert "airplane" in test.classes
     assert "JPEG" in CIFAR10.title
+    assert test.name == "cifar-10-jpeg", "what is not the original says so beside every figure"
+
+
+def write_cifar10(path, batches):
+    """The archive as its makers wrote it: a folder of batches, a record a label and its pixels, channels first."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, rows in batches.items():
+            raw = rows.tobytes()
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+
+
+def test_the_original_archive_is_read_record_by_record(tmp_path):
+    draw = np.random.default_rng(0)
+    names = [
+        "batches.meta.txt",
+        "data_batch_3.bin",
+        "data_batch_1.bin",
+        "data_batch_2.bin",
+        "data_batch_5.bin",
+        "data_batch_4.bin",
+        "test_batch.bin",
+    ]
+    batches = {name: draw.integers(0, 256, (4, 3073), dtype=np.uint8) for name in names}
+    write_cifar10(tmp_path / "cifar.tar.gz", batches)
+    x, y = read_cifar10_archive(tmp_path / "cifar.tar.gz", "train")
+    assert (x.shape, x.dtype, y.dtype) == ((20, 3, 32, 32), np.uint8, np.int64)
+    assert np.array_equal(y[:4], batches["data_batch_1.bin"][:, 0])
+    assert x[5, 2, 31, 30] == batches["data_batch_2.bin"][1, 1 + 2 * 1024 + 31 * 32 + 30]
+    x, y = read_cifar10_archive(tmp_path / "cifar.tar.gz", "test")
+    assert np.array_equal(x.reshape(4, -1), batches["test_batch.bin"][:, 1:])
+    write_cifar10(tmp_path / "cut.tar.gz", {name: batches[name] for name in names[:3]})
+    with pytest.raises(ValueError, match=r"lacks data_batch_2.bin, data_batch_4.bin, data_batch_5.bin"):
+        read_cifar10_archive(tmp_path / "cut.tar.gz", "train")
+
+
+@pytest.mark.parametrize("load", [data.load_cora, data.load_citeseer])
+def test_the_citation_graphs_travel_with_the_library(load, monkeypatch, tmp_path):
+    monkeypatch.delenv("FEWER_DATA", raising=False)
+    monkeypatch.setenv("FEWER_CACHE", str(tmp_path))
+    assert load().classes in (6, 7)
+    assert list(tmp_path.iterdir()) == [], "nothing was fetched"
 
 
 def test_an_unknown_set_gets_the_nearest_name():

@@ -1,0 +1,168 @@
+"""The user's own files: arrays, images, pairs of question and answer. Each is read or refused in one clear line, and none is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BROKEN = (ValueError, EOFError, OSError, AttributeError, TypeError, KeyError, MemoryError, OverflowError, zlib.error, zipfile.BadZipFile)
+
+
+def read_arrays(file: str | Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file.
+
+    Args:
+        file: as `numpy.savez` wrote it.
+        needed: arrays that must be there.
+        optional: arrays that are read where they are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is none of plain arrays, or lacks one; the message names them.
+    """
+    import numpy as np
+
+    file = _file(file, f"an .npz file with the arrays {' and '.join(needed)}")
+    how = f"write it with numpy.savez(file, {', '.join(f'{name}=...' for name in needed)})"
+    try:
+        opened = np.load(file, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with opened:
+            names = list(opened.files)
+            arrays = {name: opened[name] for name in (*needed, *optional) if name in names}
+    except BROKEN as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} cannot be read as an .npz file of plain arrays ({why}); {how}, no array of objects") from error
+    for name in needed:
+        if name not in arrays:
+            raise ValueError(f"{file} has no array {name!r} (it has {', '.join(names) or 'none'}); {how}")
+    return arrays
+
+
+def read_examples(file: str | Path, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Examples with a label each: `x` [N, ...] of finite numbers and `y` [N] of integers, from an .npz file.
+
+    Returns:
+        x as it is stored, y as int64 class numbers from 0, and the optional arrays that are there, as many rows each.
+    """
+    import numpy as np
+
+    arrays = read_arrays(file, ["x", "y"], optional)
+    x, y = arrays["x"], arrays["y"]
+    if x.ndim < 2 or x.dtype.kind not in "fiub" or len(x) == 0:
+        raise ValueError(f"{file}: x is {x.shape} {x.dtype}; expected numbers [N, ...] with N >= 1: one row an example")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        row = int(np.argwhere(~np.isfinite(x))[0, 0])
+        raise ValueError(f"{file}: x has a NaN or infinite value in row {row}; expected finite numbers: clean or drop that row")
+    if y.dtype.kind not in "iub" or y.shape != (len(x),):
+        raise ValueError(f"{file}: y is {y.shape} {y.dtype}; expected ({len(x)},) integers: one class number a row of x")
+    if y.min() < 0:
+        raise ValueError(f"{file}: y holds {y.min()}; expected class numbers from 0: renumber the classes")
+    for name in optional:
+        if name in arrays and len(arrays[name]) != len(x):
+            raise ValueError(f"{file}: {name} has {len(arrays[name])} rows and x {len(x)}; expected as many: one entry a row of x")
+    return arrays | {"y": y.astype(np.int64)}
+
+
+def map_array(file: str | Path, what: str = "one array") -> np.ndarray:
+    """The array of an .npy file, mapped from disk and read only where it is looked at; FileNotFoundError or ValueError where it is none."""
+    import numpy as np
+
+    file = _file(file, f"an .npy file with {what}")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except BROKEN as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{file} cannot be read as an .npy file of plain numbers ({why}); write it with numpy.save(file, array)"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{file} is an archive of arrays; expected one array: write it with numpy.save(file, array)")
+    return array
+
+
+def read_images(directory: str | Path, channels: int = 3, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The pictures of a folder, sorted by name: uint8 [N, channels, H, W].
+
+    Args:
+        channels: 3 for colour, 1 for grey; pictures are turned into that.
+        size: (H, W) that each must have; by default all must be as large as the first.
+
+    Raises:
+        NotADirectoryError, FileNotFoundError: no such folder, or no pictures in it.
+        ValueError: one cannot be read, or has another size; the message names it.
+    """
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is no folder; expected one with pictures ({', '.join(IMAGES)})")
+    files = sorted(file for file in directory.iterdir() if file.suffix.lower() in IMAGES)
+    if not files:
+        raise FileNotFoundError(f"{directory} has no pictures; expected files that end in {', '.join(IMAGES)}")
+    rows = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+        except (*BROKEN, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file} is no whole picture ({' '.join(str(error).split())}); take it out or write it again") from error
+        size = size or pixels.shape[:2]
+        if pixels.shape[:2] != size:
+            given, expected = f"{pixels.shape[1]} x {pixels.shape[0]}", f"{size[1]} x {size[0]}"
+            raise ValueError(f"{file} is {given} pixels; expected {expected}: resize the pictures")
+        rows.append(pixels.reshape(*size, channels).transpose(2, 0, 1))
+    return np.stack(rows)
+
+
+def read_text(file: str | Path) -> str:
+    """The text of a UTF-8 file; FileNotFoundError or ValueError where it is none."""
+    file = _file(file, "a text file")
+    try:
+        return file.read_text("utf8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); name another text file") from error
+
+
+def read_pairs(file: str | Path) -> list[tuple[str, str]]:
+    """The (prompt, completion) pairs of a JSONL file, an object a line; ValueError naming the line that is none."""
+    shape = '{"prompt": "...", "completion": "..."}'
+    pairs = []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+            pair = (row["prompt"], row["completion"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{file}, line {number}: expected {shape}, one object a line") from None
+        for name, value in zip(("prompt", "completion"), pair, strict=True):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{file}, line {number}: its {name} is {json.dumps(value)[:40]}; expected a text: {shape}")
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"{file} holds no examples; expected {shape}, one object a line")
+    return pairs
+
+
+def _file(file: str | Path, what: str) -> Path:
+    path = Path(file)
+    try:
+        there, folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):
+        there = folder = False
+    if not there:
+        raise FileNotFoundError(f"{str(file)[:80] or repr('')} is {'a folder' if folder else 'no file'}; expected {what}")
+    return path
