@@ -24,7 +24,15 @@ def fit(validation_losses, **how):
         return [0.5]
 
     state = BestState([layer], how.pop("patience", None))
-    fit_stages(["network"], epoch, lambda: [(next(losses), 0.5)], state=state, epochs=len(validation_losses), history=history, **how)
+    fit_stages(
+        ["network"],
+        epoch,
+        lambda: [((loss := next(losses)), math.nan if math.isnan(loss) else 0.5)],
+        state=state,
+        epochs=len(validation_losses),
+        history=history,
+        **how,
+    )
     return layer.weight.item(), history
 
 
@@ -57,9 +65,14 @@ def test_a_loss_that_is_not_finite_gives_the_last_finite_state_back():
 
 def test_the_last_state_is_put_back_only_where_numbers_overflow():
     layer = counting_layer()
-    with pytest.raises(FloatingPointError), LastState([layer]):
-        layer.weight.data += 1
-        raise FloatingPointError
+
+    def overflow():
+        with LastState([layer]):
+            layer.weight.data += 1
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        overflow()
     assert layer.weight.item() == 0.0
     with LastState([layer]):
         layer.weight.data += 1
