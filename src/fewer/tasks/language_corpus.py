@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fewer.errors import UserError
+from fewer.inputs import read_text
 
 LEFT_OUT = (
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "turtledemo", "lib2to3", "ensurepip",
@@ -97,11 +98,9 @@ def read_texts(files: Sequence[Path | str]) -> list[tuple[str, str]]:
     named = []
     for file in sorted(map(Path, files)):
         try:
-            named.append((file.name, file.read_text("utf8")))
-        except OSError as error:
-            raise UserError(f"--text {file}: cannot be read ({error.strerror}); name a text file") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--text {file}: is not UTF-8 (byte {error.start}); convert it first") from error
+            named.append((file.name, read_text(file)))
+        except (ValueError, OSError) as error:
+            raise UserError(f"--text {error}") from error
     return named
 
 

@@ -14,7 +14,8 @@ from s2ft_models import logits, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fewer.errors import UserError
-from fewer.language._shared.questions import answer_loss, draw_sums, encode, judge, read_pairs
+from fewer.inputs import read_pairs
+from fewer.language._shared.questions import answer_loss, draw_sums, encode, judge
 from fewer.language.s2ft import bench, command
 from fewer.language.s2ft.command import merge, to_lora, train
 from fewer.language.s2ft.study import Task, study

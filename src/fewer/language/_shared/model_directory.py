@@ -142,10 +142,12 @@ def _whole_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _model(folder: Path, layers: set[int], dtype: str) -> Any:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _told(f"{folder / CONFIG} cannot be used"):
         config = AutoConfig.from_pretrained(folder, **SAFE)
+        config.return_dict = True
         count = config.get_text_config().num_hidden_layers
         if count not in layers:
             found = ", ".join(map(str, sorted(layers))) or "no"
@@ -159,7 +161,9 @@ def _model(folder: Path, layers: set[int], dtype: str) -> Any:
             raise ValueError(
                 f"the weights lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}; expected all of the model's"
             )
-    return model.eval()
+        with torch.no_grad():  # odd values may show only in a pass
+            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    return model
 
 
 @contextlib.contextmanager

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from fewer.errors import UserError
 
 IGNORED = -100  # labels that the loss leaves out
 Pair = tuple[str, str]  # question, answer
@@ -53,22 +49,6 @@ def draw_sums(count: int, digits: int, seed: int, but: Sequence[Pair] = ()) -> l
             taken.add(pair)
             drawn.append(pair)
     return drawn
-
-
-def read_pairs(file: Path) -> list[Pair]:
-    """The pairs of a JSONL file, an object with `prompt` and `completion` on each line; UserError where a line has none."""
-    pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pairs.append((str(row["prompt"]), str(row["completion"])))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f'{file}, line {number}: expected {{"prompt": "...", "completion": "..."}}, one object a line') from None
-    if not pairs:
-        raise UserError(f'{file} holds no examples; expected {{"prompt": "...", "completion": "..."}}, one object a line')
-    return pairs
 
 
 def with_room(tokenizer: Any, pairs: Sequence[Pair], longest: int) -> list[Pair]:

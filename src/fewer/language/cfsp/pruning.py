@@ -125,9 +125,12 @@ def check_prunable(
     check_choice(get_args(GlobalMetric), global_metric=global_metric)
     check_choice(get_args(Metric), metric=metric)
     layers = decoder_layers(model)
-    if ratio:
-        check_reachable(len(layers), ratio, width_of(layers[0]), multiple_of)
-    if global_metric != "none":
+    width = width_of(layers[0])
+    multiple_of = multiple_of if ratio else 1
+    if global_metric == "none":
+        uniform_widths(len(layers), ratio, width, multiple_of)
+    else:
+        check_reachable(len(layers), ratio, width, multiple_of)
         check_savable(model)
 
 

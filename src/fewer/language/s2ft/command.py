@@ -128,7 +128,8 @@ def examples_of(tokenizer: Any, file: Path | None, batch: int, longest: int, see
     """Batches of a JSONL file's examples, in a new order each time round; those whose prompts leave no room are left out, and told."""
     import torch
 
-    from fewer.language._shared.questions import encode, read_pairs, with_room
+    from fewer.inputs import read_pairs
+    from fewer.language._shared.questions import encode, with_room
 
     assert file is not None
     given = read_pairs(file)

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fewer.data import fetch_smollm2, load_state_of_the_union
+from fewer.inputs import read_pairs
 from fewer.language._shared.lora import with_lora
-from fewer.language._shared.questions import Pair, Problems, answer_loss, draw_sums, encode, judge, read_pairs
+from fewer.language._shared.questions import Pair, Problems, answer_loss, draw_sums, encode, judge
 from fewer.language._shared.structure import structure_of
 from fewer.language.s2ft.adapters.adapter import Adapter, Slice
 from fewer.language.s2ft.config import S2FTConfig
