@@ -36,7 +36,11 @@ def model_of(inputs: int, outputs: int, hidden: int = 9, seed: int = 0) -> nn.Se
 
 def two_by_two(**settings) -> PredictiveController:
     """Two inputs, two outputs, delays of both, a control horizon shorter than the horizon."""
-    given = {"Q": np.array([[1.0, 0.2], [0.2, 2.0]]), "Lambda": np.array([[0.1, 0.03], [0.03, 0.2]]), "bounds": (-1.0, [1.0, 2.0])} | settings
+    given = {
+        "Q": np.array([[1.0, 0.2], [0.2, 2.0]]),
+        "Lambda": np.array([[0.1, 0.03], [0.03, 0.2]]),
+        "bounds": (-1.0, [1.0, 2.0]),
+    } | settings
     return PredictiveController(model_of(2 * 3 + 2 * 2, 2), (2, 6), 3, sharpness=1e-2, past_inputs=2, past_outputs=1, **given)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import subprocess
 import warnings
 
 import numpy as np
@@ -15,9 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewer.control import compile_to_c
-from fewer.control._shared.toolchain import STRICT
 from fewer.control.smart_composites.problems import LastStep
-from fewer.control.smart_composites.to_c.compiler import network_of, network_texts
+from fewer.control.smart_composites.to_c.compiler import network_of
 from fewer.control.smart_composites.to_c.text import DOUBLE, FLOAT
 
 torch.set_num_threads(1)
@@ -104,33 +102,6 @@ def traced(models):
             yield model.eval(), shape, network_of(model, torch.zeros(1, *shape))
 
 
-def run_together(folder, cases, number, flags=("-O2",), wrap=()) -> list[tuple[np.ndarray, ...]]:
-    """Compile many networks into one program; for each its input, what the C says of it after a reset, and what it says of NaN."""
-    folder.mkdir(exist_ok=True)
-    rng, calls, sources, inputs = np.random.default_rng(0), [], [], []
-    for index, (_, shape, network) in enumerate(cases):
-        x, name, t = rng.standard_normal(shape).astype(np.float32), f"n{index}", number.type
-        texts = network_texts(network, name, number)
-        (folder / f"{name}.h").write_text(texts[f"{name}.h"])
-        sources.append(texts[f"{name}.c"])
-        inputs.append(x)
-        values = ", ".join(number.literal(v) for v in x.ravel())
-        calls.append(
-            f"static void call{index}(void) {{ static const {t} x[] = {{{values}}}; {t} y[{network.outputs}], nan[{x.size}];\n"
-            f"for (int i = 0; i < {x.size}; i++) nan[i] = ({t})NAN;\n{name}_state s; {name}_reset(&s); {name}_predict(nan, y, &s);\n"
-            f'for (int i = 0; i < {network.outputs}; i++) printf("%d ", y[i] != y[i]);\n'
-            f"{name}_reset(&s); {name}_predict(x, y, &s); {name}_reset(&s); {name}_predict(x, y, &s);\n"
-            f'for (int i = 0; i < {network.outputs}; i++) printf("%.17g ", (double)y[i]);\nprintf("\\n"); }}\n'
-        )
-    main = "".join(sources) + "#include <stdio.h>\n" + "".join(calls)
-    main += "int main(void) {\n" + "".join(f"call{index}();\n" for index in range(len(calls))) + "return 0; }\n"
-    (folder / "all.c").write_text(main)
-    subprocess.run(["gcc", *STRICT, *flags, f"-I{folder}", str(folder / "all.c"), "-o", str(folder / "all"), "-lm"], check=True)
-    done = subprocess.run([*wrap, str(folder / "all")], check=True, capture_output=True, text=True)
-    said = [np.array([float(word) for word in line.split()]) for line in done.stdout.splitlines()]
-    return [(x, *np.split(row, 2)[::-1]) for x, row in zip(inputs, said, strict=True)]
-
-
 def check(results, cases, tolerance: float, dtype: torch.dtype) -> None:
     """Within `tolerance` of torch's outputs, relative to the largest; NaN where torch says NaN of NaN."""
     for (x, out, nans), (model, shape, _) in zip(results, cases, strict=True):
@@ -142,7 +113,7 @@ def check(results, cases, tolerance: float, dtype: torch.dtype) -> None:
 
 
 @many(50, examples=4)
-def test_200_random_networks_equal_torch_in_float_and_double_and_say_nan_of_nan(tmp_path, models):
+def test_200_random_networks_equal_torch_in_float_and_double_and_say_nan_of_nan(tmp_path, run_together, models):
     """40 of them in double under the sanitizers of addresses and undefined behaviour."""
     cases = list(traced(models))
     check(run_together(tmp_path / "f", cases, FLOAT), cases, 1e-5, torch.float32)
@@ -151,7 +122,7 @@ def test_200_random_networks_equal_torch_in_float_and_double_and_say_nan_of_nan(
 
 @pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
 @many(10, examples=2)
-def test_valgrind_finds_nothing(tmp_path, models):
+def test_valgrind_finds_nothing(tmp_path, run_together, models):
     run_together(tmp_path / "v", list(traced(models)), FLOAT, ("-O1", "-g"), ("valgrind", "-q", "--error-exitcode=9"))
 
 

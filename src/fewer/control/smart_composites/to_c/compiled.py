@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from fewer.control._shared.toolchain import Sizes, arm_sizes, build_library, host_compiler, measure_sizes
-from fewer.control.smart_composites.to_c.network import Network
-from fewer.control.smart_composites.to_c.plan import plan_buffers
+from fewer.control.smart_composites.to_c.network import Network, plan_buffers
 from fewer.control.smart_composites.to_c.text import Number
 
 CYCLES_PER_MAC, CYCLES_PER_ACTIVATION = 5, 120  # an estimate for a Cortex-M4F: two loads and a multiply-add; a call of expf or tanhf

@@ -19,8 +19,7 @@ from fewer.control.smart_composites.to_c.compiled import CompiledNetwork
 from fewer.control.smart_composites.to_c.derivatives import derivative_text, smooth_layers
 from fewer.control.smart_composites.to_c.from_torch import network_from_export, network_from_module
 from fewer.control.smart_composites.to_c.layers import PANEL, LayerText
-from fewer.control.smart_composites.to_c.network import Network, simplified
-from fewer.control.smart_composites.to_c.plan import plan_buffers
+from fewer.control.smart_composites.to_c.network import Network, plan_buffers, simplified
 from fewer.control.smart_composites.to_c.text import DOUBLE, FLOAT, Number, array_text, check_name
 from fewer.files import check_new, made_whole
 

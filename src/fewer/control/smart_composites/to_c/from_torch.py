@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fewer.control.smart_composites.to_c.network import Layer, Network, UnsupportedLayer
 
@@ -38,6 +39,7 @@ def network_from_module(model: nn.Module, example: torch.Tensor) -> Network:
     for path, module in model.named_modules():  # refused here, where the module's path is known for sure
         if isinstance(module, nn.RNNBase):
             check_recurrent(path, module.num_layers, module.bidirectional, module.batch_first, getattr(module, "proj_size", 0))
+        check_plain(path, module)
     training = model.training
     try:
         exported = torch.export.export(model.eval(), (example,))
@@ -46,6 +48,19 @@ def network_from_module(model: nn.Module, example: torch.Tensor) -> Network:
     finally:
         model.train(training)
     return network_from_export(exported)
+
+
+def check_plain(path: str, module: nn.Module) -> None:
+    """UnsupportedLayer where a weight is computed from others at each call, with the call that stores it."""
+    pruned = [
+        name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig") and f"{name[:-5]}_mask" in module._buffers
+    ]
+    if pruned:
+        raise UnsupportedLayer(path, f"its {pruned[0]} is pruned by a mask; call torch.nn.utils.prune.remove(module, {pruned[0]!r}) first")
+    if is_parametrized(module):
+        name = next(iter(module.parametrizations))  # pyright: ignore[reportCallIssue, reportArgumentType] - a ModuleDict
+        call = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+        raise UnsupportedLayer(path, f"its {name} is computed by a parametrization; call {call} first")
 
 
 def check_recurrent(path: str, layers: int, bidirectional: bool, batch_first: bool, projected: int = 0) -> None:
@@ -131,6 +146,8 @@ class _Reader:
         name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else str(node.target)
         if name in ("zeros", "_assert_tensor_metadata", "sym_size"):
             return
+        if name.endswith("_") and used_after(node, node.args[0]):
+            raise UnsupportedLayer(path_of(node), f"{node.target} changes in place a value that is used again; use inplace=False")
         if name in ACTIVATIONS or name.rstrip("_") in ACTIVATIONS:
             kind, defaults = ACTIVATIONS[name.rstrip("_")]
             given = tuple(node.args[1:])
@@ -138,6 +155,10 @@ class _Reader:
         if name in RESHAPES:
             return self.add(node, "alias")
         if name in NOTHING:
+            if name == "dropout" and node.args[2]:
+                raise UnsupportedLayer(path_of(node), "dropout in training mode; export model.eval()")
+            if not node.meta["val"].is_floating_point():
+                raise UnsupportedLayer(path_of(node), f"{node.target} to {node.meta['val'].dtype}; expected real numbers")
             return self.add(node, "alias")
         reader = getattr(self, f"read_{name}", None)
         if reader is None:
@@ -241,8 +262,8 @@ class _Reader:
 
     def read_batch_norm(self, node: Any) -> None:
         gain, shift = (None if each is None else self.weight(each) for each in node.args[1:3])
-        if node.args[3] is None:
-            raise UnsupportedLayer(path_of(node), "BatchNorm without running statistics")
+        if node.args[3] is None or node.args[5]:
+            raise UnsupportedLayer(path_of(node), "BatchNorm without running statistics or in training mode; export model.eval()")
         mean, variance, epsilon = self.weight(node.args[3]), self.weight(node.args[4]), node.args[7]
         scale = (1.0 if gain is None else gain) / np.sqrt(variance + epsilon)
         self.add(node, "scale", {"scale": scale, "shift": (0.0 if shift is None else shift) - mean * scale})
@@ -298,6 +319,14 @@ class _Reader:
 
     def read_rnn_relu(self, node: Any) -> None:
         self._recurrent(node, "rnn", nonlinearity="relu")
+
+
+def used_after(node: Any, value: Any) -> bool:
+    """Whether the value, or one that is a view of the same numbers, is used after the node that changes it."""
+    views = [each for each in value.users if str(each.target).startswith(tuple(f"aten.{name}." for name in RESHAPES))]
+    base = str(value.target).startswith(tuple(f"aten.{name}." for name in RESHAPES))
+    later = any(each is not node and node < each for each in value.users)
+    return later or any(used_after(node, each) for each in views) or (base and any(node < each for each in value.args[0].users))
 
 
 def path_of(node: Any) -> str:

@@ -248,7 +248,7 @@ class LayerText:
         return self._function(name, f"    for (int i = 0; i < {layer.size}; i++) y[i] = x[{start} + i];\n")
 
     def _softmax(self, layer: Layer, name: str, weights: str) -> str:
-        length, t = layer.shape[-1], self.number.type
+        length, t = layer.settings.get("length", layer.shape[-1]), self.number.type
         body = f"""    for (int row = 0; row < {layer.size // length}; row++, x += {length}, y += {length}) {{
         {t} top = x[0], sum = {self.number.literal(0)};
         for (int i = 1; i < {length}; i++) if (x[i] > top || x[i] != x[i]) top = x[i];

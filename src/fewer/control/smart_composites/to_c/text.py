@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KEYWORDS = frozenset(
+KEYWORDS = frozenset(  # of C and C++
     [
         "auto",
         "break",
