@@ -1,14 +1,11 @@
 from . import forward_gnn
+from ._shared.backpropagation import BackpropagationGNN, fit_backpropagation, fit_link_backpropagation
+from ._shared.training import Epoch, History
 from .forward_gnn import (
     AddClassNodes,
-    BackpropagationGNN,
-    Epoch,
     ForwardGNN,
     ForwardGNNConfig,
     ForwardLinkPredictor,
-    History,
-    fit_backpropagation,
-    fit_link_backpropagation,
     remove_class_nodes,
 )
 

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from torch_geometric.nn.models import GAT, GCN
 
 from fewer.data import load_cora
-from fewer.graphs.forward_gnn.comparison import fold, random_geometric_graph
-from fewer.graphs.forward_gnn.convolution import HEADS
+from fewer.graphs._shared.layers import HEADS
 from fewer.graphs.forward_gnn.model import ForwardGNN
-from fewer.graphs.forward_gnn.single_forward import constant_inputs, layer_step
+from fewer.graphs.forward_gnn.modes.mode import local_task
+from fewer.graphs.forward_gnn.modes.single_forward import layer_inputs, layer_step
+from fewer.graphs.forward_gnn.problems import fold, random_geometric_graph
 from fewer.meters import tensor_memory
 from fewer.study import Bench
 
@@ -33,8 +34,9 @@ def sf_steps(data: Any, classes: int, conv: str, layers: int = LAYERS, cache: bo
     """One SF step of every layer (from `first` on), each on its own constant input: as many updates as one step of backpropagation."""
     torch.manual_seed(0)
     model = ForwardGNN(data.num_features, HIDDEN, layers, classes, conv)  # pyright: ignore[reportArgumentType] - a name
-    problem, inputs = constant_inputs(model, data)
-    steps = [layer_step(model, layer, x, problem, 1e-3, cache) for layer, x in zip(model.layers, inputs, strict=True)][first:]
+    task = local_task(model.prepare(data))
+    inputs = layer_inputs(model, task.inputs)
+    steps = [layer_step(layer, x, task, 1e-3, cache) for layer, x in zip(model.layers, inputs, strict=True)][first:]
     return lambda: [step() for step in steps]
 
 

@@ -14,7 +14,8 @@ from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
-from fewer.graphs.forward_gnn.checks import check_choice, check_labels_cover_classes, check_nodes, check_whole
+from fewer.checks import check_choice, check_whole
+from fewer.graphs._shared.graph_input import check_labels_cover_classes, check_nodes
 
 Direction = Literal["bidirection", "unidirection"]
 DIRECTIONS = ("bidirection", "unidirection")
@@ -51,9 +52,8 @@ class AddClassNodes(BaseTransform):
     def __init__(
         self, num_classes: int | None = None, direction: Direction = "bidirection", features: Tensor | None = None, seed: int = 0
     ) -> None:
-        check_choice("direction", direction, DIRECTIONS)
-        if num_classes is not None:
-            check_whole(least=2, num_classes=num_classes)
+        check_choice(DIRECTIONS, direction=direction)
+        check_whole(least=2, optional=["num_classes"], num_classes=num_classes)
         self.num_classes, self.features, self.seed = num_classes, features, seed
         self.direction: Direction = direction
 
@@ -61,10 +61,11 @@ class AddClassNodes(BaseTransform):
         if "virtual_mask" in data:
             raise ValueError("the graph has class nodes already (virtual_mask); expected a plain one: add them once")
         train = check_nodes(data)
-        classes = self.num_classes or int(data.y[train].max()) + 1
-        check_labels_cover_classes(data.y[train], classes)
+        labels = data.y[train].long()
+        classes = self.num_classes or int(labels.max()) + 1
+        check_labels_cover_classes(labels, classes)
         nodes, device = int(data.num_nodes or 0), data.x.device
-        ends, types = class_edges(train, data.y[train], classes, nodes, self.direction)
+        ends, types = class_edges(train, labels, classes, nodes, self.direction)
         of_nodes = [name for name in data.keys() if data.is_node_attr(name)]  # noqa: SIM118 - PyG's graphs are no mappings
         of_edges = [name for name in data.keys() if data.is_edge_attr(name) and name != "edge_index"]  # noqa: SIM118
         for name in of_nodes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from fewer.graphs._shared.links import binary_loss
 
 THETA = 2.0  # the goodness above which an example counts as positive
 
@@ -45,21 +46,6 @@ def forward_forward_loss(
     return binary_loss(positive - theta, negative - theta)
 
 
-def binary_loss(positive: Float[Tensor, "positives"], negative: Float[Tensor, "negatives"]) -> Float[Tensor, ""]:
-    """BCE with logits: 1 for positives, 0 for negatives, the mean over both."""
-    return (F.softplus(-positive).sum() + F.softplus(negative).sum()) / (len(positive) + len(negative))
-
-
-def pair_products(h: Float[Tensor, "nodes width"], pairs: Int[Tensor, "2 pairs"]) -> Float[Tensor, "pairs width"]:
-    """The elementwise product of the two embeddings of each pair."""
-    return h[pairs[0]] * h[pairs[1]]
-
-
 def pair_score(products: Float[Tensor, "pairs width"], loss: str, theta: float = THETA) -> Float[Tensor, "pairs"]:
     """The logit of a pair: the sum of its product ("FL"), or the product's goodness minus theta ("FF")."""
     return products.sum(dim=1) if loss == "FL" else sum_goodness(products) - theta
-
-
-def accuracy(scores: Float[Tensor, "nodes classes"], y: Int[Tensor, "nodes"]) -> float:
-    """The share of nodes whose highest score is their label's."""
-    return float((scores.argmax(dim=1) == y).to(torch.float64).mean())

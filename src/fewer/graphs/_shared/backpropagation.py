@@ -10,12 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.graphs.forward_gnn.checks import check_labels, check_nodes, check_whole, mask_rows
-from fewer.graphs.forward_gnn.convolution import Convolution, Graph, GraphLayer, Matrix, compact, normalize_rows
-from fewer.graphs.forward_gnn.link_problem import area_under_curve, prepare_links
-from fewer.graphs.forward_gnn.losses import accuracy, binary_loss, pair_products, pair_score
-from fewer.graphs.forward_gnn.model import layer_widths
-from fewer.graphs.forward_gnn.training import Callback, History, Schedule, train
+from fewer.checks import check_whole
+from fewer.graphs._shared.graph_input import check_labels, check_nodes, check_precision, mask_rows
+from fewer.graphs._shared.layers import Convolution, Graph, GraphLayer, Matrix, compact, layer_widths, normalize_rows
+from fewer.graphs._shared.links import accuracy, area_under_curve, binary_loss, link_logits, prepare_links
+from fewer.graphs._shared.training import Callback, History, Schedule, train
 
 
 class BackpropagationGNN(nn.Module):
@@ -35,12 +34,16 @@ class BackpropagationGNN(nn.Module):
         self, in_channels: int, hidden_channels: int | Sequence[int], num_layers: int, out_channels: int | None, conv: Convolution = "gcn"
     ) -> None:
         super().__init__()
-        check_whole(in_channels=in_channels, num_layers=num_layers)
+        check_whole(in_channels=in_channels)
         widths = layer_widths(hidden_channels, num_layers)
         made = [GraphLayer((into,), width, conv) for into, width in zip([in_channels, *widths], widths, strict=False)]
         self.layers = cast("Sequence[GraphLayer]", nn.ModuleList(made))
         self.head = nn.Linear(widths[-1], out_channels) if out_channels is not None else None
         self._last: tuple[Tensor, Tensor, Matrix, Graph] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew of the last graph, which need not be copied or written."""
+        return self.__dict__ | {"_last": None}
 
     def forward(self, x: Float[Tensor, "nodes features"], edge_index: Tensor) -> Float[Tensor, "nodes out"]:
         """Class scores, or embeddings without an output layer. What is constant in a graph is made once while the same graph is given."""
@@ -86,19 +89,17 @@ def fit_backpropagation(
     schedule, history = Schedule(epochs, patience, lr, validate_every, tuple(callbacks)), History()
     rows = check_nodes(data)
     like = next(model.parameters())
-    x, edge_index, y = data.x.to(like), data.edge_index.to(like.device), data.y.to(like.device)
+    check_precision(like)
+    x, edge_index, y = data.x.to(like), data.edge_index.to(like.device), data.y.long().to(like.device)
     check_labels(data.y[rows], 1 + int(data.y.max()), "training")
     watched = mask_rows(data, "val_mask").to(like.device) if "val_mask" in data and bool(data.val_mask.any()) else None
     rows = rows.to(like.device)
     step = _step(model, schedule, lambda: F.cross_entropy(model(x, edge_index)[rows], y[rows]))
 
-    @torch.no_grad()
     def validate() -> float:
-        model.eval()
         return accuracy(model(x, edge_index)[watched], y[watched])
 
     train("network", [model], step, validate if watched is not None else None, schedule, history)
-    model.eval()
     return history.stop_clock()
 
 
@@ -136,27 +137,18 @@ def fit_link_backpropagation(
         h = model(problem.x, problem.graph.edge_index)
         return binary_loss(link_logits(h, problem.positives), link_logits(h, problem.negatives(generator)))
 
-    @torch.no_grad()
     def validate() -> float:
         assert watched is not None
-        model.eval()
         return area_under_curve(link_logits(model(watched.x, watched.graph.edge_index), watched.pairs), watched.truth)
 
     train("network", [model], _step(model, schedule, loss), validate if watched else None, schedule, history)
-    model.eval()
     return history.stop_clock()
-
-
-def link_logits(h: Float[Tensor, "nodes width"], pairs: Tensor) -> Float[Tensor, "pairs"]:
-    """The inner products of the pairs' embeddings."""
-    return pair_score(pair_products(h, pairs), "FL")
 
 
 def _step(model: nn.Module, schedule: Schedule, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr, fused=True)
 
     def step() -> float:
-        model.train()
         optimizer.zero_grad()
         loss = loss_of()
         loss.backward()

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fewer.graphs.forward_gnn.checks import check_graph, check_labels, check_labels_cover_classes, check_nodes, mask_rows
+from fewer.graphs._shared.graph_input import (
+    check_graph,
+    check_labels,
+    check_labels_cover_classes,
+    check_nodes,
+    check_precision,
+    mask_rows,
+)
+from fewer.graphs._shared.layers import Graph
 from fewer.graphs.forward_gnn.class_nodes import AddClassNodes, Direction, Unlabelled, label_features
-from fewer.graphs.forward_gnn.convolution import Graph
-
-
-class Embedding(NamedTuple):
-    """What classes are read from: a layer's output at a time step that counts, class nodes included."""
-
-    step: int  # from 0
-    layer: int  # from 1
-    h: Float[Tensor, "nodes width"]
 
 
 @dataclass(frozen=True, eq=False)
-class NodeProblem:
+class NodeTask:
     """What a mode works on.
 
     Attributes:
@@ -31,6 +30,9 @@ class NodeProblem:
         plain: without them.
         x: features of the nodes of `graph`, label features of the input included [N + C, F].
         labels: one-hot for training and class nodes, neutral for the others [N + C, C]; the state above the last layer.
+        class_features: of the class nodes [C, F].
+        temperature: of the class logits.
+        direction: of the class nodes' edges.
         real: N.
         train, y: training nodes and their classes.
         validation, validation_y: validation nodes and their classes; None where nothing is watched.
@@ -41,6 +43,9 @@ class NodeProblem:
     plain: Graph
     x: Float[Tensor, "nodes features"]
     labels: Float[Tensor, "nodes classes"]
+    class_features: Float[Tensor, "classes F"]
+    temperature: float
+    direction: Direction
     real: int
     train: Int[Tensor, "train"]
     y: Int[Tensor, "train"]
@@ -59,16 +64,17 @@ def prepare(
     *,
     classes: int,
     class_features: Float[Tensor, "classes features"],
+    temperature: float,
     direction: Direction,
     unlabelled: Unlabelled,
-    label_inputs: bool,
+    append_label: str | None,
     watch: bool = False,
     keep_virtual: bool = False,
-) -> NodeProblem:
+) -> NodeTask:
     """The task of a PyG graph, in the dtype and on the device of the class features.
 
     Args:
-        label_inputs: append the label features to x.
+        append_label: None, or where label features are appended: to x in any case.
         watch: look for validation nodes.
         keep_virtual: leave the graph's own labels and class nodes out.
 
@@ -76,6 +82,7 @@ def prepare(
         ValueError: a graph that cannot be used.
     """
     width = class_features.shape[1]
+    check_precision(class_features)
     if "virtual_mask" in data:
         raise ValueError("the graph has class nodes already (virtual_mask); expected the plain graph: the model adds its own")
     if keep_virtual:
@@ -101,18 +108,21 @@ def prepare(
 
     x = to_model(graph_data.x).to(class_features.dtype)
     train = to_model(train)
-    y = to_model(data.y)[train] if len(train) else train
+    y = to_model(data.y).long()[train] if len(train) else train
     own = torch.arange(0 if keep_virtual else classes, device=x.device)
     labels = label_features(len(x), torch.cat([train, nodes + own]), torch.cat([y, own]), classes, unlabelled, like=x)
-    return NodeProblem(
+    return NodeTask(
         graph=Graph(to_model(graph_data.edge_index), len(x), x.dtype),
         plain=Graph(to_model(data.edge_index), nodes, x.dtype),
-        x=torch.cat([x, labels], dim=1) if label_inputs else x,
+        x=torch.cat([x, labels], dim=1) if append_label else x,
         labels=labels,
+        class_features=class_features,
+        temperature=temperature,
+        direction=direction,
         real=nodes,
         train=train,
         y=y,
         validation=None if validation is None else to_model(validation),
-        validation_y=None if validation is None else to_model(data.y[to_model(validation).to(data.y.device)]),
+        validation_y=None if validation is None else to_model(data.y.long()[validation]),
         classes_kept=keep_virtual,
     )

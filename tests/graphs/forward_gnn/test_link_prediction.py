@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from communities import community_graph, leaves, losses_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from test_forward_gnn import community_graph, leaves, losses_of
 from torch.nn import functional as F
 from torch_geometric.transforms import RandomLinkSplit
 
 from fewer.graphs import BackpropagationGNN, ForwardGNNConfig, ForwardLinkPredictor, fit_link_backpropagation
-from fewer.graphs.forward_gnn.backpropagation import link_logits
-from fewer.graphs.forward_gnn.convolution import normalize_rows
-from fewer.graphs.forward_gnn.link_problem import area_under_curve, prepare_links
+from fewer.graphs._shared.layers import normalize_rows
+from fewer.graphs._shared.links import area_under_curve, link_logits, prepare_links
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_a_layers_loss_is_bce_over_positive_and_as_many_drawn_pairs_and_reaches_
     model, problem = predictor(mode="top_to_input"), prepare_links(split[0], like=torch.zeros(1))
     negatives = problem.negatives(torch.Generator().manual_seed(1))
     h = model.layers[1]([torch.randn(90, 16)], problem.graph)
-    loss = model._layer_loss(h, problem, negatives)
+    loss = model.layer_loss(problem, negatives)(h)
     pairs = torch.cat([problem.positives, negatives], dim=1)
     truth = torch.arange(pairs.shape[1]) < problem.positives.shape[1]
     expected = F.binary_cross_entropy_with_logits((h[pairs[0]] * h[pairs[1]]).sum(1), truth.float())

@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-
-def check_whole(least: int = 1, **values: Any) -> None:
-    """ValueError naming the first value that is not a whole number of at least `least`."""
-    for name, value in values.items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value}; expected a whole number of at least {least}")
-
-
-def check_positive(**values: float) -> None:
-    """ValueError naming the first value that is not a finite number above zero."""
-    for name, value in values.items():
-        if not value > 0 or not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; expected a finite number above 0")
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
 def check_graph(data: Any, in_channels: int | None = None) -> None:
@@ -97,4 +74,12 @@ def check_labels_cover_classes(labels: Int[Tensor, "train"], classes: int) -> No
         raise ValueError(
             f"class {missing[0]} has no training node, so its virtual node would be isolated; expected one of each of the {classes} "
             "classes in train_mask: label one, or leave the class out"
+        )
+
+
+def check_precision(like: Tensor) -> None:
+    """ValueError where a network is in half precision, which torch's sparse products do not know."""
+    if like.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the network is {like.dtype}; expected float32 or float64, as sparse products have no half precision: call .float()"
         )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from fewer.graphs.forward_gnn.checks import check_graph
-from fewer.graphs.forward_gnn.convolution import Graph
+from fewer.graphs._shared.graph_input import check_graph, check_precision
+from fewer.graphs._shared.layers import Graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ def prepare_links(data: Any, *, like: Tensor, in_channels: int | None = None) ->
         ValueError: a graph that cannot be used, or one without edge_label and edge_label_index.
     """
     check_graph(data, in_channels)
+    check_precision(like)
     for name in ("edge_label", "edge_label_index"):
         if name not in data:
             raise ValueError(
@@ -87,6 +89,26 @@ def check_pairs(pairs: Any, nodes: int) -> None:
         raise ValueError(f"edge_label_index is {given}; expected int64 [2, P]: a column a pair")
     if pairs.numel() and not (int(pairs.min()) >= 0 and int(pairs.max()) < nodes):
         raise ValueError(f"edge_label_index names nodes {int(pairs.min())}..{int(pairs.max())}; expected 0..{nodes - 1}")
+
+
+def binary_loss(positive: Float[Tensor, "positives"], negative: Float[Tensor, "negatives"]) -> Float[Tensor, ""]:
+    """BCE with logits: 1 for positives, 0 for negatives, the mean over both."""
+    return (F.softplus(-positive).sum() + F.softplus(negative).sum()) / (len(positive) + len(negative))
+
+
+def pair_products(h: Float[Tensor, "nodes width"], pairs: Int[Tensor, "2 pairs"]) -> Float[Tensor, "pairs width"]:
+    """The elementwise product of the two embeddings of each pair."""
+    return h[pairs[0]] * h[pairs[1]]
+
+
+def link_logits(h: Float[Tensor, "nodes width"], pairs: Int[Tensor, "2 pairs"]) -> Float[Tensor, "pairs"]:
+    """The inner products of the pairs' embeddings."""
+    return pair_products(h, pairs).sum(dim=1)
+
+
+def accuracy(scores: Float[Tensor, "nodes classes"], y: Int[Tensor, "nodes"]) -> float:
+    """The share of nodes whose highest score is their label's."""
+    return float((scores.argmax(dim=1) == y).to(torch.float64).mean())
 
 
 def area_under_curve(scores: Float[Tensor, "pairs"], truth: Float[Tensor, "pairs"]) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_forward_gnn import CLASSES, FEATURES, community_graph, fit, network
+from communities import CLASSES, FEATURES, community_graph, fit, network
 from torch_geometric.data import Data
 from torch_geometric.nn import GraphConv
 from torch_geometric.nn.models import GCN
 
 from fewer.graphs import AddClassNodes, BackpropagationGNN, ForwardGNN, ForwardGNNConfig, fit_backpropagation
-from fewer.graphs.forward_gnn.model import MODES
+from fewer.graphs.forward_gnn.modes import MODES
 
 
 def changed(**changes) -> Data:
@@ -130,7 +130,7 @@ def test_the_twin_has_the_same_convolutions_and_pygs_own_models_can_be_trained()
     assert [tuple(p.shape) for p in twin.layers.parameters()] == [tuple(p.shape) for p in ours.layers.parameters()]
     for model in (twin, GCN(FEATURES, 16, 2, CLASSES)):
         history = fit_backpropagation(model, GOOD, epochs=100, patience=20, lr=1e-2)
-        found = model(GOOD.x, GOOD.edge_index).argmax(1)
+        found = model.eval()(GOOD.x, GOOD.edge_index).argmax(1)
         assert (found == GOOD.y)[GOOD.test_mask].float().mean() > 0.7
         assert (found == GOOD.y)[GOOD.val_mask].double().mean().item() == history.best_validation()
         assert history.epochs[-1].epoch in (history.best["network"] + 20, 100)

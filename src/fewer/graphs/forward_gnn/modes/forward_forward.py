@@ -10,26 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from fewer.graphs._shared.layers import EPSILON, Graph, GraphLayer, Matrix, compact, normalize_rows
+from fewer.graphs._shared.links import accuracy
+from fewer.graphs._shared.training import evaluating, train
 from fewer.graphs.forward_gnn.class_nodes import class_edges, label_features
-from fewer.graphs.forward_gnn.convolution import EPSILON, Graph, GraphLayer, Matrix, compact, normalize_rows
-from fewer.graphs.forward_gnn.losses import accuracy, forward_forward_loss, mean_goodness, sum_goodness
-from fewer.graphs.forward_gnn.node_problem import NodeProblem
-from fewer.graphs.forward_gnn.training import History, Schedule, train
-
-if TYPE_CHECKING:
-    from fewer.graphs.forward_gnn.model import ForwardGNN
-
-
-def input_widths(model: ForwardGNN) -> list[tuple[int, ...]]:
-    """Layer 1 reads the features, and the label beside them in "ff_labels"."""
-    label = (model.num_classes,) if model.mode == "ff_labels" else ()
-    return [(model.in_channels, *label), *((width,) for width in model.widths[:-1])]
+from fewer.graphs.forward_gnn.losses import forward_forward_loss, mean_goodness, sum_goodness
+from fewer.graphs.forward_gnn.modes.mode import Embedding, Mode, Training, update
+from fewer.graphs.forward_gnn.network import GraphNetwork, Shape
+from fewer.graphs.forward_gnn.node_task import NodeTask
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +46,11 @@ class Labelling:
         return layer.combine([self.scale * features, layer.project(1, self.label)], self.graph)
 
 
-class ForwardForward:
-    """A model on a graph: makes labellings and runs layers on them."""
+class Runner:
+    """A network on a graph: makes labellings and runs layers on them."""
 
-    def __init__(self, model: ForwardGNN, problem: NodeProblem) -> None:
-        self.model, self.problem = model, problem
-        self.by_label = model.mode == "ff_labels"
+    def __init__(self, model: GraphNetwork, problem: NodeTask, by_label: bool) -> None:
+        self.model, self.problem, self.by_label = model, problem, by_label
         x = problem.x[: problem.real]
         if self.by_label:  # norm(cat(x, label)) differs from one labelling to the next by a factor for each row
             self.features: Matrix = compact(x, model.layers[0])
@@ -69,12 +62,12 @@ class ForwardForward:
         """These nodes with these labels, the others without."""
         model, problem = self.model, self.problem
         if self.by_label:
-            beside = label_features(problem.real, nodes, labels, model.num_classes, model.config.unlabelled, like=problem.x)
+            beside = label_features(problem.real, nodes, labels, model.shape.classes, model.config.unlabelled, like=problem.x)
             scale = 1 / ((self.squares + beside.square().sum(dim=1, keepdim=True)).sqrt() + EPSILON)
             return Labelling(problem.plain, scale * beside, scale)
-        ends, _ = class_edges(nodes, labels, model.num_classes, problem.real, model.aug_edge_direction)
+        ends, _ = class_edges(nodes, labels, model.shape.classes, problem.real, problem.direction)
         edges = torch.cat([problem.plain.edge_index, ends], dim=1)
-        return Labelling(Graph(edges, problem.real + model.num_classes, problem.x.dtype))
+        return Labelling(Graph(edges, problem.real + model.shape.classes, problem.x.dtype))
 
     def true(self) -> Labelling:
         """The training nodes with their labels."""
@@ -82,7 +75,7 @@ class ForwardForward:
 
     def wrong(self, generator: torch.Generator | None) -> Labelling:
         """The training nodes with labels drawn from the wrong ones."""
-        y, classes = self.problem.y, self.model.num_classes
+        y, classes = self.problem.y, self.model.shape.classes
         shift = torch.randint(1, classes, y.shape, generator=generator, device=generator.device if generator else "cpu").to(y.device)
         return self.labelling(self.problem.train, (y + shift) % classes)
 
@@ -127,26 +120,12 @@ class ForwardForward:
         return forward_forward_loss(goodness[0], torch.cat(goodness[1:]), self.model.config.theta)
 
 
-def fit(
-    model: ForwardGNN, problem: NodeProblem, schedule: Schedule, history: History, *, cache: bool | None, generator: torch.Generator | None
-) -> None:
-    """Train layer 1 until its validation accuracy stops rising, freeze it, go on with layer 2, ...; wrong labels are drawn at every step."""
-    run = ForwardForward(model, problem)
-    watched = Watched(run) if problem.validation is not None else None
-    frozen: Tensor | None = None
-    for i in range(len(model.layers)):
-        _fit_layer(run, i, watched, frozen, schedule, history, generator)
-        if i == 0:
-            with torch.no_grad():
-                frozen = run.first_features()
-
-
 class Watched:
     """The validation nodes with every class in turn, as far as the trained layers reach."""
 
-    def __init__(self, run: ForwardForward) -> None:
+    def __init__(self, run: Runner) -> None:
         self.run = run
-        self.candidates = [run.candidate(label) for label in range(run.model.num_classes)]
+        self.candidates = [run.candidate(label) for label in range(run.model.shape.classes)]
         self.inputs: list[Tensor | None] = [None] * len(self.candidates)
         self.so_far = run.problem.x.new_zeros(len(self.candidates), run.problem.real)
 
@@ -172,64 +151,70 @@ class Watched:
         self.inputs = list[Tensor | None](outputs)
 
 
-def _fit_layer(
-    run: ForwardForward,
-    i: int,
-    watched: Watched | None,
-    frozen: Tensor | None,
-    schedule: Schedule,
-    history: History,
-    generator: torch.Generator | None,
-) -> None:
-    layer, true = run.model.layers[i], run.true()
-    below_true = run.below(i, true, frozen)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=schedule.lr, fused=True)
+@dataclass(frozen=True)
+class ForwardForward(Mode):
+    """Both baselines: the label stands beside the features, or is an edge to a virtual node."""
 
-    def step() -> float:
-        optimizer.zero_grad()
-        wrong = [run.wrong(generator) for _ in range(run.model.config.num_negs)]
-        loss = run.loss(i, true, below_true, wrong, frozen)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+    by_label: bool
+    has_class_nodes: ClassVar[bool] = False
 
-    train(f"layer {i + 1}", [layer], step, (lambda: watched.validate(i)) if watched else None, schedule, history)
-    optimizer.zero_grad()
-    if watched:
-        watched.freeze(i)
+    def input_widths(self, shape: Shape) -> list[tuple[int, ...]]:
+        """Layer 1 reads the features, and the label beside them in "ff_labels"."""
+        label = (shape.classes,) if self.by_label else ()
+        return [(shape.in_channels, *label), *((width,) for width in shape.widths[:-1])]
 
+    def fit(self, network: GraphNetwork, task: NodeTask, training: Training) -> None:
+        """Train layer 1 until its validation accuracy stops rising, freeze it, go on with layer 2, ...; wrong labels are drawn at every step."""
+        run = Runner(network, task, self.by_label)
+        watched = Watched(run) if task.validation is not None else None
+        frozen: Tensor | None = None
+        for i, layer in enumerate(network.layers):
+            with evaluating(network):
+                self._fit_layer(run, i, watched, frozen, training)
+                if watched:
+                    watched.freeze(i)
+                if i == 0:
+                    with torch.no_grad():
+                        frozen = run.first_features()
+            layer.zero_grad()
 
-@torch.no_grad()
-def class_scores(model: ForwardGNN, problem: NodeProblem) -> Tensor:
-    """The goodness of every class at the real nodes, summed over the layers [N, C]."""
-    run = ForwardForward(model, problem)
-    features, scores = run.first_features(), []
-    for label in range(model.num_classes):
-        candidate, h = run.candidate(label), None
-        total = problem.x.new_zeros(problem.real)
-        for i in range(len(model.layers)):
-            h = run.layer_output(i, candidate, h, features)
-            total += run.goodness(h)
-        scores.append(total)
-    return torch.stack(scores, dim=1)
+    def _fit_layer(self, run: Runner, i: int, watched: Watched | None, frozen: Tensor | None, training: Training) -> None:
+        layer, true = run.model.layers[i], run.true()
+        below_true = run.below(i, true, frozen)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=training.schedule.lr, fused=True)
 
+        def step() -> float:
+            wrong = [run.wrong(training.generator) for _ in range(run.model.config.num_negs)]
+            return update(optimizer, run.loss(i, true, below_true, wrong, frozen))
 
-@torch.no_grad()
-def outputs(model: ForwardGNN, problem: NodeProblem) -> list[Tensor]:
-    """The layers' outputs with the training nodes' labels alone."""
-    run = ForwardForward(model, problem)
-    labelling, features = run.true(), run.first_features()
-    found: list[Tensor] = []
-    for i in range(len(model.layers)):
-        found.append(run.layer_output(i, labelling, found[-1] if found else None, features))
-    return found
+        validate = (lambda: watched.validate(i)) if watched else None
+        train(f"layer {i + 1}", [layer], step, validate, training.schedule, training.history)
 
+    def class_scores(self, network: GraphNetwork, task: NodeTask) -> Float[Tensor, "nodes C"]:
+        """The goodness of every class at the real nodes, summed over the layers."""
+        run = Runner(network, task, self.by_label)
+        features, scores = run.first_features(), []
+        for label in range(network.shape.classes):
+            candidate, h = run.candidate(label), None
+            total = task.x.new_zeros(task.real)
+            for i in range(len(network.layers)):
+                h = run.layer_output(i, candidate, h, features)
+                total += run.goodness(h)
+            scores.append(total)
+        return torch.stack(scores, dim=1)
 
-def local_losses(model: ForwardGNN, problem: NodeProblem, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Each layer's own loss."""
-    run = ForwardForward(model, problem)
-    true, wrong = run.true(), [run.wrong(generator) for _ in range(model.config.num_negs)]
-    with torch.no_grad():
-        frozen = run.first_features()
-    for i in range(len(model.layers)):
-        yield run.loss(i, true, run.below(i, true, frozen), wrong, frozen)
+    def embeddings(self, network: GraphNetwork, task: NodeTask) -> Iterator[Embedding]:
+        """The layers' outputs with the training nodes' labels alone."""
+        run = Runner(network, task, self.by_label)
+        labelling, features, h = run.true(), run.first_features(), None
+        for i in range(len(network.layers)):
+            h = run.layer_output(i, labelling, h, features)
+            yield Embedding(0, i + 1, h)
+
+    def local_losses(self, network: GraphNetwork, task: NodeTask, generator: torch.Generator | None) -> Iterator[Tensor]:
+        run = Runner(network, task, self.by_label)
+        true, wrong = run.true(), [run.wrong(generator) for _ in range(network.config.num_negs)]
+        with torch.no_grad():
+            frozen = run.first_features()
+        for i in range(len(network.layers)):
+            yield run.loss(i, true, run.below(i, true, frozen), wrong, frozen)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_forward_gnn import CLASSES, community_graph, fit, losses_of, network
+from communities import CLASSES, community_graph, fit, losses_of, network
 from torch.nn import functional as F
 
 from fewer.graphs import AddClassNodes, ForwardGNNConfig
-from fewer.graphs.forward_gnn import top_to_input
-from fewer.graphs.forward_gnn.convolution import normalize_rows
+from fewer.graphs._shared.layers import normalize_rows
 from fewer.graphs.forward_gnn.losses import mean_goodness
+from fewer.graphs.forward_gnn.modes import top_to_input
 
 
 @pytest.mark.parametrize("mode", ["ff_labels", "ff_virtual"])
@@ -98,7 +98,7 @@ def test_alternating_updates_read_what_is_updated_already(alternating):
     top_to_input.normalize_rows = lambda h: h
     try:
         states = [torch.tensor([[-float(i)]]) for i in (1, 2, 3)]
-        new = top_to_input.time_step([None] * 3, run, states, torch.tensor([[9.0]]), alternating, lambda i, h: h)
+        new = top_to_input.time_step(run, states, torch.tensor([[9.0]]), alternating, lambda i, h: h)
     finally:
         top_to_input.normalize_rows = identity
     if alternating:  # layer 2 first, from the old states; then 1 and 3 read its new one

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch_geometric.nn import GATConv, GCNConv, MessagePassing, SAGEConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-from fewer.graphs.forward_gnn.sparse import SparseMatrix, sparse_product
+from fewer.checks import check_whole, is_whole
+from fewer.graphs._shared.sparse import SparseMatrix, sparse_product
 
 ConvolutionName = Literal["gcn", "sage", "gat"]
 Convolution = ConvolutionName | Callable[[int, int], MessagePassing]
@@ -131,6 +132,21 @@ class GraphLayer(nn.Module):
 
     def _bias(self) -> Tensor:
         return self.conv.bias if self.kind == "gcn" else self.conv.lin_l.bias
+
+
+def layer_widths(hidden_channels: int | Sequence[int], num_layers: int) -> list[int]:
+    """One width a layer; ValueError where they are not as many as the layers or no whole numbers.
+
+    >>> layer_widths(16, 3), layer_widths([8, 4], 2)
+    ([16, 16, 16], [8, 4])
+    """
+    check_whole(num_layers=num_layers)
+    widths = [int(hidden_channels)] * num_layers if is_whole(hidden_channels) else list(hidden_channels)  # pyright: ignore[reportArgumentType]
+    if len(widths) != num_layers:
+        raise ValueError(f"hidden_channels has {len(widths)} widths for {num_layers} layers; expected one number, or one a layer")
+    for width in widths:
+        check_whole(hidden_channels=width)
+    return widths
 
 
 def make_convolution(conv: Convolution | str, in_channels: int, out_channels: int) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from fewer.graphs.forward_gnn.checks import check_positive, check_whole
-from fewer.meters import memory_for
+from fewer.checks import check_positive, check_whole
+from fewer.fitting.states import copy_of, put_back
 
 
 class Epoch(NamedTuple):
@@ -83,20 +84,35 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_whole(epochs=self.epochs, validate_every=self.validate_every)
+        check_whole(optional=["patience"], patience=self.patience)
         check_positive(lr=self.lr)
-        if self.patience is not None:
-            check_whole(patience=self.patience)
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode, each part given its own mode back at the end."""
+    parts = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in parts:
+            part.training = training
 
 
 def train(
     stage: str,
-    modules: Iterable[nn.Module],
+    modules: Sequence[nn.Module],
     step: Callable[[], float],
     validate: Callable[[], float] | None,
     schedule: Schedule,
     history: History,
 ) -> None:
     """Step until the validation score has not risen for `patience` epochs; then put the best state of the modules back.
+
+    Steps run in train mode, validation in eval mode, and the modules are given their own mode back. A stage ends at a look at the
+    validation data alone, so that at least one state has been judged; without a score that is a number the last state is kept.
 
     Args:
         step: updates the weights and returns the loss before the update.
@@ -105,34 +121,31 @@ def train(
     Raises:
         FloatingPointError: a loss is not finite; the best state so far is put back.
     """
-    modules = list(modules)
     best_score, best_epoch = -math.inf, 0
-    with memory_for("kept states"):
-        best_states = [copy.deepcopy(module.state_dict()) for module in modules]
 
-    def restore() -> None:
-        for module, state in zip(modules, best_states, strict=True):
-            module.load_state_dict(state)
-
+    best_states = copy_of(modules)
     selects = validate is not None and schedule.patience is not None
-    for epoch in range(1, schedule.epochs + 1):
-        loss = step()
-        if not math.isfinite(loss):
-            restore()
-            raise FloatingPointError(
-                f"the loss of {stage} is {loss} in epoch {epoch}; expected a finite number, the best state so far is kept: try a lower lr"
-            )
-        looks = validate is not None and (epoch % schedule.validate_every == 0 or epoch == schedule.epochs)
-        score = validate() if validate is not None and looks else math.nan
-        line = history.add(stage, epoch, loss, score)
-        if selects and looks and score > best_score:
-            best_score, best_epoch = score, epoch
-            with memory_for("kept states"):
-                best_states = [copy.deepcopy(module.state_dict()) for module in modules]
-        for callback in schedule.callbacks:
-            callback(line)
-        if selects and schedule.patience is not None and epoch - best_epoch >= schedule.patience:
-            break
-    if selects:
-        restore()
-    history.best[stage] = best_epoch if selects else history.epochs[-1].epoch
+    with evaluating(*modules):  # for the mode that is given back
+        for epoch in range(1, schedule.epochs + 1):
+            for module in modules:
+                module.train()
+            loss = step()
+            if not math.isfinite(loss):
+                put_back(modules, best_states)
+                raise FloatingPointError(
+                    f"the loss of {stage} is {loss} in epoch {epoch}; expected a finite number, the best state so far is kept: try a lower lr"
+                )
+            score = math.nan
+            if validate is not None and (epoch % schedule.validate_every == 0 or epoch == schedule.epochs):
+                with evaluating(*modules), torch.no_grad():
+                    score = validate()
+            line = history.add(stage, epoch, loss, score)
+            if selects and score > best_score:
+                best_score, best_epoch, best_states = score, epoch, copy_of(modules)
+            for callback in schedule.callbacks:
+                callback(line)
+            if selects and best_epoch and not math.isnan(score) and epoch - best_epoch >= (schedule.patience or 0):
+                break
+    if selects and best_epoch:
+        put_back(modules, best_states)
+    history.best[stage] = best_epoch or history.epochs[-1].epoch
