@@ -19,7 +19,6 @@ from PIL import Image
 
 from fewer.diffusion import EMS, DPMSolverV3Scheduler, estimate_ems, model_hash, sample
 from fewer.diffusion._shared import GaussianMixture, NoiseSchedule, as_epsilon
-from fewer.diffusion._shared.pipelines import open_pipeline, read_images
 from fewer.diffusion.dpm_solver_v3.command import ems as ems_command
 from fewer.diffusion.dpm_solver_v3.estimation import f_and_derivative, point_terms, regression
 
@@ -249,15 +248,15 @@ def test_the_verb_writes_statistics_that_the_scheduler_takes(files, unet, monkey
     DPMSolverV3Scheduler(written).set_timesteps(5)
 
 
-def test_what_is_no_model_and_images_of_another_size_are_refused(files):
+def test_what_is_no_model_and_a_directory_of_the_users_own_are_refused(files):
     with pytest.raises(FileNotFoundError, match="has no unet/config.json"):
-        open_pipeline(files / "images")
-    with pytest.raises(FileNotFoundError, match="no .png"):
-        read_images(files / "model", 1, 8)
-    Image.new("L", (9, 8)).save(files / "images" / "wide.png")
-    with pytest.raises(ValueError, match="wide.png is 9 x 8; expected 8 x 8"):
-        read_images(files / "images", 1, 8)
+        ems_command(files / "images", files / "images", files / "ems")
+    with pytest.raises(FileNotFoundError, match="no pictures"):
+        ems_command(files / "model", files / "model", files / "ems")
+    assert not (files / "ems").exists()
     (files / "ems").mkdir()
     (files / "ems" / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        ems_command(files / "model", files / "images", files / "ems")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError):
+            ems_command(files / "model", files / "images", files / "ems", overwrite=overwrite)
+    assert (files / "ems" / "mine.txt").read_text() == "mine"

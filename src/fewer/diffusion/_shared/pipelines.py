@@ -19,6 +19,7 @@ from fewer.diffusion._shared.noise_schedule import NoiseSchedule
 from fewer.diffusion._shared.prediction import as_epsilon
 from fewer.diffusion._shared.problems import Flow, kept
 from fewer.files import model_digest, read_json
+from fewer.inputs import read_images
 from fewer.tasks.digit_sampling import REFERENCE_STEPS, Denoise, unipc
 
 NETWORKS = {  # folder -> class -> where diffusers has it
@@ -110,14 +111,15 @@ class Pipeline:
 
     def read(self, directory: str | Path) -> Float[Tensor, "M channels height width"]:
         """Images of a folder as the network sees them: pixels in [-1, 1], or latents."""
-        side = self.shape[1] * (2 ** (len(self.autoencoder.config["block_out_channels"]) - 1) if self.autoencoder is not None else 1)
-        channels = self.shape[0] if self.autoencoder is None else int(self.autoencoder.config["in_channels"])
-        images = read_images(directory, channels, side).to(self.device)
-        if self.autoencoder is None:
+        vae = self.autoencoder
+        scale = 2 ** (len(vae.config["block_out_channels"]) - 1) if vae is not None else 1  # pixels of a latent's side
+        channels = self.shape[0] if vae is None else int(vae.config["in_channels"])
+        pixels = read_images(directory, channels, (self.shape[1] * scale, self.shape[2] * scale))
+        images = torch.from_numpy(pixels).to(self.device, torch.float32) / 127.5 - 1
+        if vae is None:
             return images
         with torch.no_grad():
-            parts = [self.autoencoder.encode(part).latent_dist.mode() for part in images.split(16)]
-        return torch.cat(parts) * self.autoencoder.config["scaling_factor"]
+            return torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(16)]) * vae.config["scaling_factor"]
 
     def call(self, x: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
         return self.network(x, timestep.to(x.device).expand(len(x)), **condition).sample
@@ -202,22 +204,3 @@ def _encoder(directory: Path, device: str) -> Callable[[list[str]], Tensor]:
         return model(ids.input_ids.to(device))[0]
 
     return encode
-
-
-def read_images(directory: str | Path, channels: int, side: int) -> Float[Tensor, "M channels side side"]:
-    """Images [M, channels, side, side] in [-1, 1]; ValueError on none, or one of another size."""
-    import numpy as np
-    from PIL import Image
-
-    directory = Path(directory)
-    files = sorted(file for file in directory.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise FileNotFoundError(f"{directory} has no .png, .jpg or .webp files; expected images of {side} x {side} pixels")
-    rows = []
-    for file in files:
-        with Image.open(file) as image:
-            if image.size != (side, side):
-                raise ValueError(f"{file} is {image.width} x {image.height}; expected {side} x {side}, the model's size: resize the images")
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
-        rows.append(torch.from_numpy(pixels).reshape(side, side, channels).permute(2, 0, 1) / 127.5 - 1)
-    return torch.stack(rows)

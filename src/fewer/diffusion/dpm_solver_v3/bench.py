@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import time
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import nn
 
-from fewer.diffusion._shared import NoiseSchedule
+from fewer.diffusion._shared import NoiseSchedule, as_epsilon
 from fewer.diffusion.dpm_solver_v3.ems import EMS
 from fewer.diffusion.dpm_solver_v3.estimation import estimate_ems
 from fewer.diffusion.dpm_solver_v3.scheduler import DPMSolverV3Scheduler
+from fewer.meters import median_seconds
 from fewer.study import Bench
 
 bench = Bench("dpm-solver-v3")
@@ -65,12 +68,7 @@ def steps() -> tuple[Callable[[], object], Callable[[], object]]:
 @bench.quantity("set_timesteps(20), statistics of 1,201 points, 3 x 32 x 32", peer="half a second", unit="s", reach=1.0)
 def preparation() -> tuple[float, float]:
     scheduler = DPMSolverV3Scheduler(statistics(1200, 3, 32, 32), corrector="full")
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        scheduler.set_timesteps(20)
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[2], 0.5
+    return median_seconds(lambda: scheduler.set_timesteps(20), 5), 0.5
 
 
 @bench.race("a point of the statistics, an MLP 256-1024-1024-256, batch 256", peer="seven forward calls", reach=1.0)
@@ -85,3 +83,21 @@ def estimation() -> tuple[Callable[[], object], Callable[[], object]]:
                 net(data)
 
     return lambda: estimate_ems(lambda x, t: net(x), schedule, data, points, count, count, progress=False), theirs
+
+
+@bench.quantity("a point of the statistics, a U-Net of diffusers, 8 x 3 x 32 x 32, processor time", peer="one forward call", unit="s")
+def of_a_u_net() -> tuple[float, float]:
+    torch.manual_seed(0)
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    net = UNet2DModel(sample_size=32, layers_per_block=1, block_out_channels=(32, 64), **blocks).eval().requires_grad_(False)
+    data, scheduler, points = torch.randn(8, 3, 32, 32), DDPMScheduler(), 3
+    eps = as_epsilon(net, scheduler)
+
+    def estimate() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # so few samples are for the time alone
+            estimate_ems(eps, eps.schedule, data, points - 1, len(data), len(data), progress=False)
+
+    with torch.no_grad():
+        call = median_seconds(lambda: net(data, 500.0), 5, processor=True)
+    return median_seconds(estimate, 5, processor=True) / points, call
