@@ -118,7 +118,7 @@ def _hvp(prefix: str, layers: list[Layer], t: str, zero: str, nx: int, ny: int, 
     count = len(layers)
     text = f"    {t} a[{widest}], b[{widest}], D[{widest}], E[{widest}], d1[{count}][{widest}], d2[{count}][{widest}], dh[{count}][{widest}];\n"
     text += f"    {t} g[{widest}], gt[{widest}], p[{max(widest, nx)}], pt[{max(widest, nx)}];\n"
-    text += "    (void)b; (void)E;\n"
+    text += "    (void)b; (void)D; (void)E;  /* of one layer alone */\n"
     for at, layer in enumerate(layers):
         outputs, inputs = layer.weights["weight"].shape
         source, target = ("x", "a") if at == 0 else ("a", "b") if at % 2 else ("b", "a")

@@ -51,7 +51,7 @@ def network_from_module(model: nn.Module, example: torch.Tensor) -> Network:
 
 
 def check_plain(path: str, module: nn.Module) -> None:
-    """UnsupportedLayer where a weight is computed from others at each call, with the call that stores it."""
+    """UnsupportedLayer where a weight is computed at each call, with the call that stores it (pruning shows in the exported names)."""
     pruned = [
         name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig") and f"{name[:-5]}_mask" in module._buffers
     ]
@@ -80,6 +80,10 @@ class _Reader:
     def __init__(self, exported: torch.export.ExportedProgram) -> None:
         signature, self.exported = exported.graph_signature, exported
         tensors = {**exported.state_dict, **exported.constants}
+        pruned = next((name for name in tensors if name.endswith("_orig") and f"{name[:-5]}_mask" in tensors), "")
+        if pruned:
+            path, _, weight = pruned.removesuffix("_orig").rpartition(".")
+            raise UnsupportedLayer(path, f"its {weight} is pruned by a mask; call torch.nn.utils.prune.remove(module, {weight!r}) first")
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
         self.constants = {
             placeholder: tensors[name].detach().double().numpy() if tensors[name].is_floating_point() else tensors[name].numpy()

@@ -1,0 +1,123 @@
+"""Models of one layer, and models whose weights are computed: each kind alone as strict C, or refused with the call that mends it."""
+
+from __future__ import annotations
+
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from fewer.control import PredictiveController, UnsupportedLayer, compile_controller, compile_to_c
+from fewer.control._shared.toolchain import STRICT
+
+torch.set_num_threads(1)
+
+ALONE = {
+    "linear": (nn.Linear(3, 2), (3,)),
+    "linear-1": (nn.Linear(1, 1), (1,)),
+    "linear-no-bias": (nn.Linear(3, 20, bias=False), (3,)),
+    "linear-rows": (nn.Linear(3, 2), (4, 3)),
+    "conv1d": (nn.Conv1d(2, 3, 2), (2, 6)),
+    "conv2d": (nn.Conv2d(1, 1, 1), (1, 1, 1)),
+    "conv2d-wide": (nn.Conv2d(3, 18, 3, padding=1, groups=3), (3, 8, 8)),
+    "batch-norm": (nn.BatchNorm1d(3), (3,)),
+    "layer-norm": (nn.LayerNorm(4), (4,)),
+    "max-pool": (nn.MaxPool1d(2), (2, 6)),
+    "average-pool": (nn.AvgPool2d(2), (1, 4, 4)),
+    "adaptive": (nn.AdaptiveAvgPool2d(1), (2, 4, 4)),
+    "relu": (nn.ReLU(), (3,)),
+    "softmax": (nn.Softmax(-1), (3,)),
+    "gelu": (nn.GELU(), (1,)),
+    "identity": (nn.Identity(), (3,)),
+    "flatten": (nn.Flatten(), (2, 3)),
+    "rnn": (nn.Sequential(nn.RNN(2, 3, batch_first=True)), (4, 2)),
+}
+
+
+def strict(compiled, folder, *flags):
+    sources = [str(file) for file in compiled.files if file.suffix == ".c"]
+    for level in ("-O0", "-O2"):
+        command = ["gcc", *STRICT, *flags, level, "-c", *sources]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "double", "test": True}, {"dtype": "q15"}, {"quantize": "int8"}], ids=str)
+@pytest.mark.parametrize("name", [name for name in ALONE if name != "rnn"])
+def test_a_layer_alone_is_strict_c_and_equals_torch(name, settings, tmp_path):
+    model, shape = ALONE[name]
+    torch.manual_seed(0)
+    x = torch.randn(1, *shape)
+    compiled = compile_to_c(model.eval(), x, tmp_path / "c", **settings)
+    strict(compiled, tmp_path)
+    wanted = model(x).detach().numpy()[0]
+    near = 0.05 if "quantize" in settings else 1e-3 if settings.get("dtype") == "q15" else 1e-5
+    assert np.abs(compiled.predict(x.numpy()) - wanted).max() <= near * max(1.0, float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("activation", [None, nn.Tanh, nn.Softplus, nn.GELU, nn.Sigmoid])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 2), (2, 20)])
+def test_a_layer_alone_has_strict_derivatives(sizes, activation, tmp_path):
+    model = nn.Sequential(nn.Linear(*sizes), *([activation()] if activation else []))
+    strict(compile_to_c(model, torch.zeros(1, sizes[0]), tmp_path / "c", derivatives=True), tmp_path)
+
+
+@pytest.mark.parametrize("gauss_newton", [False, True])
+@pytest.mark.parametrize("bounds", [None, (-1, 1)])
+def test_a_controller_of_a_linear_layer_alone_is_strict_c(bounds, gauss_newton, tmp_path):
+    model = nn.Linear(2, 1).double()
+    controller = PredictiveController(model, (1, 1), 1, bounds=bounds, past_inputs=0, past_outputs=0, max_iter=1, gauss_newton=gauss_newton)
+    strict(compile_controller(controller, tmp_path / "c"), tmp_path)
+
+
+def test_a_pruned_model_is_told_to_call_remove(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    with pytest.raises(
+        UnsupportedLayer, match=r"2: its weight is pruned by a mask; call torch.nn.utils.prune.remove\(module, 'weight'\) first"
+    ):
+        compile_to_c(model, torch.zeros(1, 4), tmp_path / "c")
+    torch.export.save(torch.export.export(model.eval(), (torch.zeros(1, 4),)), tmp_path / "pruned.pt2")
+    with pytest.raises(UnsupportedLayer, match=r"prune.remove\(module, 'weight'\)"):
+        compile_to_c(tmp_path / "pruned.pt2", None, tmp_path / "c")
+    prune.remove(model[2], "weight")
+    x = torch.randn(1, 4)
+    assert np.allclose(compile_to_c(model, x, tmp_path / "c").predict(x.numpy()), model(x).detach().numpy()[0], atol=1e-5)
+
+
+def test_a_parametrized_model_is_told_to_call_remove(tmp_path):
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 2)))
+    with pytest.raises(
+        UnsupportedLayer, match=r"0: its weight is computed by a parametrization; call .*remove_parametrizations\(module, 'weight'\)"
+    ):
+        compile_to_c(model, torch.zeros(1, 4), tmp_path / "c")
+
+
+class InPlace(nn.Module):
+    """ReLU in place on a value, of which a view is used afterwards where `viewed`."""
+
+    def __init__(self, viewed: bool) -> None:
+        super().__init__()
+        self.first, self.relu, self.viewed = nn.Linear(3, 3), nn.ReLU(inplace=True), viewed
+
+    def forward(self, x):
+        h = self.first(x)
+        before = h.view(1, 1, 3) if self.viewed else h
+        return self.relu(h) + before.view(1, 3)
+
+
+def test_a_value_changed_in_place_is_read_as_changed_or_refused(tmp_path):
+    torch.manual_seed(0)
+    model, x = InPlace(False), torch.randn(1, 3)
+    assert np.allclose(compile_to_c(model, x, tmp_path / "once").predict(x.numpy()), model(x).detach().numpy()[0], atol=1e-6)
+    with pytest.raises(UnsupportedLayer, match=r"relu: aten.relu_.default changes in place .* use inplace=False"):
+        compile_to_c(InPlace(True), x, tmp_path / "again")
+
+
+def test_a_program_exported_in_training_mode_is_refused(tmp_path):
+    torch.export.save(torch.export.export(nn.Sequential(nn.Dropout(0.5), nn.ReLU()).train(), (torch.zeros(1, 3),)), tmp_path / "m.pt2")
+    with pytest.raises(UnsupportedLayer, match="dropout in training mode"):
+        compile_to_c(tmp_path / "m.pt2", None, tmp_path / "c")
