@@ -1,15 +1,24 @@
-"""What the tests of the house share: the repository, an outside package installed once, and the command line in a fresh process."""
+"""What the tests of the house share: the repository, an outside package installed once, the command line, and what tests cost."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import resource
+import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).parents[1]
+WORDS = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}  # wide plain text
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FEWER_DATA", str(ROOT / ".." / "shared" / "data"))
 
@@ -35,18 +44,49 @@ def outside(tmp_path_factory):
 
 
 @pytest.fixture
-def fewer(outside, tmp_path):
-    """`fewer(...)`: the command line run in a fresh process, in a folder of its own, with the outside package installed."""
+def fewer(outside, tmp_path, monkeypatch):
+    """`fewer(...)`: the command line, in a folder of its own, with the outside package installed; in this process, as that is quicker.
+
+    With an environment of its own it runs in a fresh process.
+    """
 
     def run(*words: str, cwd: Path = tmp_path, status: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command(*words), cwd=cwd, env=command_environment(outside, **environment), capture_output=True, text=True, timeout=300
-        )
+        if environment:
+            env = command_environment(outside, **environment)
+            done = subprocess.run(command(*words), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        else:
+            with monkeypatch.context() as patch:
+                patch.chdir(cwd)
+                patch.syspath_prepend(str(outside))
+                for name, value in WORDS.items():
+                    patch.setenv(name, value)
+                done = in_this_process(*words)
         if status is not None:
             assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run
+
+
+def in_this_process(*words: str) -> subprocess.CompletedProcess[str]:
+    """`fewer WORDS` as the entry point runs it, its streams caught."""
+    from fewer import papers
+    from fewer.cli import main
+
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, signal.getsignal(signal.SIGTERM))
+    papers._catalogue.cache_clear()
+    try:
+        sys.argv = ["fewer", *words]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 0
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGTERM, before[1])
+        papers._catalogue.cache_clear()
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def command(*words: str) -> list[str]:
@@ -56,8 +96,66 @@ def command(*words: str) -> list[str]:
 
 def command_environment(outside: Path, **environment: str) -> dict[str, str]:
     """The environment of a command that sees this checkout and the outside package, and writes wide plain text."""
-    return (
-        os.environ
-        | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(outside))), "COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
-        | environment
-    )
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(outside)))} | WORDS | environment
+
+
+# What tests cost: processor seconds, which a busy machine does not change
+
+MOST = 20.0  # of a method's tests together
+spent: dict[str, float] = defaultdict(float)  # folder of tests -> processor seconds
+_before = [0.0]
+
+
+def processor_seconds() -> float:
+    """Of this process and all that it has started, living or not."""
+    used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    tick = os.sysconf("SC_CLK_TCK")
+    waiting = [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        with contextlib.suppress(OSError):
+            below = [int(child) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()]
+            for child in below:
+                with contextlib.suppress(OSError):
+                    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+                    used += sum(map(int, fields[11:15])) / tick
+            waiting += below
+    return used
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    now = processor_seconds()
+    outcome.get_result().user_properties.append(("processor seconds", max(0.0, now - _before[0])))
+    _before[0] = now
+
+
+def pytest_runtest_setup(item):
+    if item.session._setupstate.stack == {}:
+        _before[0] = processor_seconds()
+
+
+def pytest_runtest_logreport(report):
+    parts = Path(report.nodeid.partition("::")[0]).parts
+    folder = "/".join(parts[1:3]) if len(parts) > 3 else "/".join(parts[1:])
+    spent[folder] += report.user_properties[-1][1] if report.user_properties else 0.0
+
+
+def over_budget() -> dict[str, float]:
+    """The methods whose tests took more than their share."""
+    return {
+        folder: seconds for folder, seconds in spent.items() if folder.count("/") == 1 and not folder.endswith(".py") and seconds > MOST
+    }
+
+
+def pytest_terminal_summary(terminalreporter):
+    if spent and sum(spent.values()) > 1:
+        terminalreporter.section("processor seconds by folder")
+        for folder, seconds in sorted(spent.items(), key=lambda each: -each[1])[:20]:
+            terminalreporter.line(f"{seconds:7.1f} {folder}{'   above its 20' if folder in over_budget() else ''}")
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput") and over_budget() and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -72,7 +72,8 @@ print(len(listening), sorted({ip.removeprefix("::ffff:") for ip in listening}))
 
 def test_the_local_and_the_ray_engine_give_the_same_quality_figures(fewer):
     def figures(store, *words):
-        record = json.loads(fewer("run", "guessing", "--seeds", "2", "--store", store, "--json", *words).stdout)
+        fresh = {"COLUMNS": "160"} if words else {}  # Ray's workers find packages as its own process does at its start
+        record = json.loads(fewer("run", "guessing", "--seeds", "2", "--store", store, "--json", *words, **fresh).stdout)
         return {name: by_arm for name, by_arm in record["figures"].items() if not name.startswith("work.")}
 
     assert figures("local.sqlite") == figures("ray.sqlite", "--engine", "ray", "--jobs", "2")
@@ -112,6 +113,12 @@ def test_report_export_and_races_come_from_the_store(fewer, tmp_path):
         (["export", "--format", "csv", "--out", "x", "--store", "absent.sqlite"], "there is no store yet"),
         (["new", "Bad Slug"], "expected a slug of lower-case words"),
         (["new", "guessing", "--outside", "here"], "there is a method guessing already"),
+        (["new", "class", "--outside", "here"], "'class' is no name of a Python package"),
+        (["new", "import", "--area", "graphs"], "'import' is no name of a Python package"),
+        (["new", "123", "--outside", "here"], "'123' is no name of a Python package"),
+        (["new", "fewer", "--outside", "here"], "a package called 'fewer'"),
+        (["new", "random", "--outside", "here"], "a package called 'random'"),
+        (["new", "lazy-sort", "--area", "lambda", "--outside", "here"], "'lambda' is no name"),
         (["data", "fetch", "mnisst"], "did you mean 'mnist'"),
         (["record", "guessing"], "tracked by none"),
     ],

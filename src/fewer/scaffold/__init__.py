@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import keyword
 import re
-import shutil
+import sys
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from fewer import papers
 from fewer.errors import UserError
+from fewer.files import check_new_file, whole_file
 
-METHOD_FILES = ("__init__.py", "selection.py", "study.py", "bench.py", "paper.toml")
+METHOD_FILES = ("__init__.py", "__init__.pyi", "selection.py", "problems.py", "peers.py", "study.py", "bench.py", "paper.toml")
+TEST = "test_selection.py"
 
 
 def lay_out(slug: str, area: str, outside: Path | None = None) -> list[Path]:
@@ -36,33 +39,49 @@ def lay_out(slug: str, area: str, outside: Path | None = None) -> list[Path]:
     if any(card.slug == slug for card in papers.cards()):
         raise UserError(f"there is a method {slug} already; `fewer show {slug}` shows it: choose another slug")
     name = slug.replace("-", "_")
+    for word in (name, area):
+        if not word.isidentifier() or keyword.iskeyword(word):
+            raise UserError(
+                f"{slug} in {area}: {word!r} is no name of a Python package (a keyword, or it begins with a digit); choose another"
+            )
+    if outside is not None and (name == "fewer" or name in sys.stdlib_module_names):
+        raise UserError(f"{slug}: a package called {name!r} would stand in the place of Python's or this one; choose another slug")
     house = Path(papers.__file__).parent
     if outside is None:
         project = house.parents[1]
         if not (project / "pyproject.toml").exists():
             raise UserError("fewer is installed here, not checked out; give --outside FOLDER to lay out a package of your own")
-        package, targets = f"fewer.{area}.{name}", _targets(house / area / name, project / "tests" / area / f"test_{name}.py")
+        package, targets = f"fewer.{area}.{name}", _targets(house / area / name, project / "tests" / area / name / TEST)
     else:
         package = name
-        targets = _targets(outside / "src" / name, outside / "tests" / f"test_{name}.py") | {"pyproject.toml": outside / "pyproject.toml"}
-    taken = [str(target) for target in targets.values() if target.exists()]
-    if taken:
-        raise UserError(f"{taken[0]} is there already; choose another slug or folder")
+        targets = _targets(outside / "src" / name, outside / "tests" / name / TEST) | {"pyproject.toml": outside / "pyproject.toml"}
+    for target in targets.values():
+        if target.exists():
+            raise UserError(f"{target} is there already; choose another slug or folder")
+        check_new_file(target, option="--outside" if outside else "FOLDER")
     words = {"slug": slug, "area": area, "package": package, "name": name, "year": str(datetime.date.today().year)}
+    written: list[Path] = []
     try:
-        return [_write(template, target, words) for template, target in targets.items()]
-    except OSError:
-        shutil.rmtree(targets["__init__.py"].parent, ignore_errors=True)
+        for template, target in targets.items():
+            with whole_file(target) as part:
+                part.write_text(_filled(template, words), encoding="utf8")
+            written.append(target)
+    except BaseException:
+        for target in written:  # these alone: whatever else lies there is not ours
+            target.unlink(missing_ok=True)
         raise
+    return written
 
 
 def _targets(method: Path, test: Path) -> dict[str, Path]:
     """template -> file."""
-    return {template: method / template for template in METHOD_FILES} | {"test_method.py": test}
+    return {template: method / template for template in METHOD_FILES} | {TEST: test}
 
 
-def _write(template: str, target: Path, words: dict[str, str]) -> Path:
+def _filled(template: str, words: dict[str, str]) -> str:
     text = (files("fewer.scaffold") / "templates" / f"{template}.txt").read_text(encoding="utf8")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(Template(text).substitute(words), encoding="utf8")
-    return target
+    lines = Template(text).substitute(words).splitlines(keepends=True)
+    imports = [number for number, line in enumerate(lines) if line.startswith(("from fewer.", f"from {words['package']}."))]
+    for number, line in zip(imports, sorted(lines[number] for number in imports), strict=True):  # by name, whatever the package is called
+        lines[number] = line
+    return "".join(lines)
