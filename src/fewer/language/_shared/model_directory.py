@@ -133,7 +133,7 @@ def _layers_in(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> set[int]:
     return {len(each) for each in numbers.values()}
 
 
-def _whole_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _whole_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _whole_numbers(value)
@@ -153,9 +153,10 @@ def _model(folder: Path, layers: set[int], dtype: str) -> Any:
             found = ", ".join(map(str, sorted(layers))) or "no"
             raise ValueError(f"it names {count} layers and the weights are of {found}; expected the config of these weights")
     with _told(f"{folder} does not hold together"):
-        model, about = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE
         )
+        model, about = loaded
         missing = sorted(about["missing_keys"])
         if missing:
             raise ValueError(
@@ -185,11 +186,13 @@ def _one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No bars and no reports of transformers: what matters of them is an error here."""
+    import logging as levels
+
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(levels.CRITICAL)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ This file needs nothing but transformers. It is written beside the weights of a 
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads them anywhere.
 """
 
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 import copy
 
 from huggingface_hub.dataclasses import strict

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from fewer.errors import require
+from fewer.language._shared.feed_forward import decoder_layers, parts_of
 from fewer.language.cfsp.calibration import calibrate
-from fewer.language.cfsp.gated_mlp import decoder_layers, parts_of
+from fewer.language.cfsp.peers import REMOVED, optipfair, torch_pruning
 from fewer.language.cfsp.pruning import prune
 from fewer.study import Bench
 from fewer.tasks import load_small_lm, token_loss
 
 bench = Bench("cfsp")
-REMOVED = 0.5
 Work = Callable[[], object]
 
 
@@ -49,63 +48,29 @@ def _calibration(lm: Any) -> list[torch.Tensor]:
     return list(lm.train[: 16 * 256].reshape(16, 256).split(4))
 
 
-def _optipfair(model: Any, batches: list[torch.Tensor]) -> Any:
-    """optipfair's data-driven pruning of gated MLPs to the same width."""
-    peer = require("optipfair", "peers")
-    return peer.prune_model(
-        model=model,
-        pruning_type="MLP_GLU",
-        neuron_selection_method="MAW",
-        pruning_percentage=100 * REMOVED,
-        dataloader=[{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches],
-        show_progress=False,
-    )
-
-
 def _ours(model: Any, batches: list[torch.Tensor]) -> Any:
     prune(model, calibrate(model, batches), REMOVED, "none", multiple_of=16)
     return model
 
 
 @bench.race("calibrating on 4,096 tokens and pruning half, the small language model", peer="optipfair, data-driven", reach=1.0)
-def against_optipfair() -> tuple[Work, Work]:
+def againstoptipfair() -> tuple[Work, Work]:
     lm = load_small_lm()
     batches = _calibration(lm)
-    return lambda: _ours(copy.deepcopy(lm.model), batches), lambda: _optipfair(copy.deepcopy(lm.model), batches)
+    return lambda: _ours(copy.deepcopy(lm.model), batches), lambda: optipfair(copy.deepcopy(lm.model), batches)
 
 
 @bench.quantity("validation loss, half removed at equal widths", peer="optipfair, data-driven", unit="", reach=1.0)
-def loss_against_optipfair() -> tuple[float, float]:
+def loss_againstoptipfair() -> tuple[float, float]:
     lm = load_small_lm()
     batches = _calibration(lm)
-    return tuple(token_loss(make(copy.deepcopy(lm.model), batches), lm.validation[:24_000]) for make in (_ours, _optipfair))  # pyright: ignore[reportReturnType]
-
-
-def _torch_pruning(model: Any) -> Any:
-    """torch-pruning's magnitude pruning of the feed-forward channels, following its dependency graph."""
-    peer = require("torch_pruning", "peers")
-    example = {"input_ids": torch.zeros(1, 8, dtype=torch.long), "use_cache": False}
-    widths = {parts_of(layer)[0]: REMOVED for layer in decoder_layers(model)}
-    ignored = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in widths]
-    pruner = peer.pruner.BasePruner(
-        model,
-        example,
-        importance=peer.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=0.0,
-        pruning_ratio_dict=widths,
-        ignored_layers=[
-            module for module in ignored if not any(module is part for layer in decoder_layers(model) for part in parts_of(layer))
-        ],
-        forward_fn=lambda m, x: m(**x),
-    )
-    pruner.step()
-    return model
+    return tuple(token_loss(make(copy.deepcopy(lm.model), batches), lm.validation[:24_000]) for make in (_ours, optipfair))  # pyright: ignore[reportReturnType]
 
 
 @bench.quantity("validation loss, half removed at equal widths", peer="torch-pruning, magnitude of the group", unit="", reach=1.0)
-def loss_against_torch_pruning() -> tuple[float, float]:
+def loss_againsttorch_pruning() -> tuple[float, float]:
     lm = load_small_lm()
-    ours, theirs = _ours(copy.deepcopy(lm.model), _calibration(lm)), _torch_pruning(copy.deepcopy(lm.model))
+    ours, theirs = _ours(copy.deepcopy(lm.model), _calibration(lm)), torch_pruning(copy.deepcopy(lm.model))
     assert [parts_of(layer)[0].out_features for layer in decoder_layers(ours)] == [
         parts_of(layer)[0].out_features for layer in decoder_layers(theirs)
     ], "equal widths"

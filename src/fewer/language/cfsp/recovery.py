@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewer.checks import check_choice, check_positive, check_whole
 from fewer.errors import require
+from fewer.fitting import fit_steps
 from fewer.language._shared.lora import adapted
 from fewer.tasks.lm_training import check_window, draw_windows
 
@@ -55,7 +56,7 @@ def recover(
     batch: int = 8,
     window: int = 256,
     seed: int = 0,
-    tell: Callable[[int, int, float], None] | None = None,
+    tell: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train adapters on windows of a stream of tokens and merge them, in place; shapes stay as they are.
 
@@ -67,35 +68,27 @@ def recover(
         r_mean: mean rank; each adapter's alpha is twice its rank, its dropout 0.05.
         ig: what ranks follow.
         lr, batch, window, seed: of the training.
-        tell: called with (step, steps, loss).
+        tell: called with the step (from 1) and its loss.
 
     Returns:
         The training loss of each step, nats a token.
 
     Raises:
         ValueError: a number that cannot be, or a text shorter than one window.
+        FloatingPointError: a loss is not finite; the adapters of the step before are merged.
     """
     check_whole(steps=steps, batch=batch)
     check_positive(lr=lr)
     check_window(token_ids, window)
-    place = next(model.parameters()).device
-    draw, losses, was_training = torch.Generator().manual_seed(seed), [], model.training
+    place, draw, was_training = next(model.parameters()).device, torch.Generator().manual_seed(seed), model.training
+    batches = (draw_windows(token_ids, batch, window, draw).to(place) for _ in range(steps))
     with torch.random.fork_rng(), adapted(model, peft_config(scores, r_mean, ig), seed) as wrapped:  # dropout is drawn from the seed too
         optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=lr)
         wrapped.train()
         try:
-            for step in range(steps):
-                ids = draw_windows(token_ids, batch, window, draw).to(place)
-                loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                if tell:
-                    tell(step + 1, steps, losses[-1])
+            return fit_steps(optimizer, lambda ids: wrapped(input_ids=ids, labels=ids, use_cache=False).loss, batches, steps, tell=tell)
         finally:
             wrapped.train(was_training)
-    return losses
 
 
 def peft_config(scores: Float64[Any, "L"], r_mean: int = 8, ig: Guide = "importance") -> Any:

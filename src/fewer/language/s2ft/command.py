@@ -47,14 +47,14 @@ def train(
     """
     from fewer.checks import check_positive, check_whole
     from fewer.files import check_new, made_whole
+    from fewer.language._shared.fine_tuning import fine_tune
     from fewer.language._shared.model_directory import load_directory
     from fewer.language._shared.questions import answer_loss
     from fewer.language.s2ft import S2FTConfig, get_s2ft_model
-    from fewer.language.s2ft.training import fit
 
     if bool(text) == bool(jsonl):
         raise ValueError("expected either --text (repeat for more) or --jsonl: give one of them")
-    check_whole(**{"--steps": steps, "--batch": batch})
+    check_whole(1, **{"--steps": steps, "--batch": batch})
     check_positive(**{"--lr": lr})
     inputs, place = [model_dir, *(text or []), *([jsonl] if jsonl else [])], choose_device(device)
     check_new(out, overwrite, inputs=inputs, option="OUT")
@@ -64,7 +64,9 @@ def train(
     first = next(batches)  # trouble with the data is told before the model is changed
     model = get_s2ft_model(plain.to(place), config)
     trained, every = model.get_nb_trainable_parameters()
-    _, losses = fit(model, (moved(each, place) for each in chained(first, batches)), answer_loss, lr=lr, steps=steps, tell=told(as_json))
+    _, losses = fine_tune(
+        model, (moved(each, place) for each in chained(first, batches)), answer_loss, lr=lr, steps=steps, tell=told(steps, as_json)
+    )
     with made_whole(out, overwrite, inputs=inputs, option="OUT") as folder:
         model.save_pretrained(folder)
     if as_json:
@@ -157,10 +159,10 @@ def moved(problems: Any, device: str) -> Any:
     return type(problems)(problems.ids.to(device), problems.labels.to(device))
 
 
-def told(quiet: bool) -> Any:
+def told(steps: int, quiet: bool) -> Any:
     """What tells how far training is: plain lines, ten in all."""
 
-    def tell(step: int, steps: int, loss: float) -> None:
+    def tell(step: int, loss: float) -> None:
         if not quiet and (step == steps or step % max(1, steps // 10) == 0):
             print(f"step {step} of {steps}: loss {loss:.3f}", flush=True)
 
