@@ -81,7 +81,11 @@ def _targets(method: Path, test: Path) -> dict[str, Path]:
 def _filled(template: str, words: dict[str, str]) -> str:
     text = (files("fewer.scaffold") / "templates" / f"{template}.txt").read_text(encoding="utf8")
     lines = Template(text).substitute(words).splitlines(keepends=True)
-    imports = [number for number, line in enumerate(lines) if line.startswith(("from fewer.", f"from {words['package']}."))]
-    for number, line in zip(imports, sorted(lines[number] for number in imports), strict=True):  # by name, whatever the package is called
-        lines[number] = line
-    return "".join(lines)
+    ours = [line for line in lines if line.startswith("from fewer.")]
+    own = [line for line in lines if line.startswith(f"from {words['package']}.") and line not in ours]
+    if not ours:
+        return "".join(lines)
+    first = next(number for number, line in enumerate(lines) if line in (*ours, *own))
+    rest = [line for line in lines[first:] if line not in (*ours, *own)]
+    gap = ["\n"] if lines[first - 1].strip() else []
+    return "".join([*lines[:first], *gap, *sorted(ours), *(["\n"] if own else []), *sorted(own), *rest])
