@@ -9,11 +9,13 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from fewer.diffusion import sample
 from fewer.diffusion._shared.peers import by_diffusers
+from fewer.diffusion._shared.pipelines import Pipeline
 from fewer.diffusion._shared.problems import Flow, mixture_flow, random_mixture
 from fewer.diffusion._shared.spacing import noise_levels
 from fewer.diffusion.dpm_solver_v3 import bench, problems
 from fewer.diffusion.dpm_solver_v3.problems import statistics_of
 from fewer.diffusion.dpm_solver_v3.study import CALLS, corrected, study
+from fewer.errors import UserError
 from fewer.study import Scale, Trial
 from fewer.study.trial import FigureEvent, TrialSpec
 
@@ -68,7 +70,7 @@ def test_both_schedulers_of_the_race_run_from_the_start_each_time():
 def test_the_study_runs_on_a_users_own_pipeline(unet, tmp_path, monkeypatch):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "mine")
     monkeypatch.setitem(problems.GRIDS, "full", (24, 8))
-    monkeypatch.setattr(problems, "DRAWN_STEPS", 8)
+    monkeypatch.setattr(Pipeline.samples, "__defaults__", (8,))
     options = study.choose_options({"pipeline": str(tmp_path / "mine")})
     job = study.build_task(Scale.QUICK, options)
     for arm in ("dpm++2m", "v3"):
@@ -78,3 +80,13 @@ def test_the_study_runs_on_a_users_own_pipeline(unet, tmp_path, monkeypatch):
         figures = [event for event in events if isinstance(event, FigureEvent) and event.name == "error"]
         assert [event.coordinates for event in figures] == [{"data": "images", "calls": calls} for calls in CALLS]
         assert all(event.value for event in figures)
+
+
+def test_a_pipeline_that_cannot_be_used_is_the_users_mistake(unet, tmp_path):
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "mine")
+    for options, words in (
+        ({"pipeline": str(tmp_path / "nowhere")}, "expected a diffusers pipeline"),
+        ({"pipeline": str(tmp_path / "mine"), "data": str(tmp_path / "mine")}, "no pictures"),
+    ):
+        with pytest.raises(UserError, match=words):
+            study.build_task(Scale.QUICK, study.choose_options(options))

@@ -12,6 +12,7 @@ from communities import CLASSES, FEATURES, community_graph, fit, network, same
 from torch_geometric.nn import GATConv
 from torch_geometric.transforms import RandomLinkSplit
 
+from fewer.errors import UserError
 from fewer.graphs import BackpropagationGNN, ForwardGNN, ForwardLinkPredictor, fit_backpropagation, fit_link_backpropagation
 from fewer.graphs.forward_gnn.problems import fold, read_graph
 from fewer.graphs.forward_gnn.study import study
@@ -201,3 +202,10 @@ def test_the_study_runs_on_a_users_own_graph(file, monkeypatch):
         assert ("accuracy", ("data", "graph"), ("layers", 4)) in figures
         assert {("seconds",), ("cpu_seconds",), ("epochs",)} <= figures
         assert (("bytes", ("layers", 8)) in figures) == (arm != "ff-labels")
+
+
+def test_a_graph_that_cannot_be_used_is_the_users_mistake(tmp_path):
+    (tmp_path / "mine.npz").write_text("none")
+    for name, words in (("mine.npz", "cannot be read as an .npz file"), ("nowhere.npz", "no file")):
+        with pytest.raises(UserError, match=words):
+            study.build_task(Scale.QUICK, study.choose_options({"graph": str(tmp_path / name)}))

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewer.diffusion._shared.noise_schedule import NoiseSchedule
+from fewer.diffusion._shared.peers import by_diffusers
 from fewer.diffusion._shared.prediction import as_epsilon
-from fewer.diffusion._shared.problems import Flow, kept
+from fewer.diffusion._shared.problems import Draw, Flow, kept
+from fewer.diffusion._shared.spacing import noise_levels
 from fewer.files import model_digest, read_json
 from fewer.inputs import read_images
 from fewer.tasks.digit_sampling import REFERENCE_STEPS, Denoise, unipc
@@ -28,6 +30,7 @@ NETWORKS = {  # folder -> class -> where diffusers has it
 }
 SAFE: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
 GUIDANCE = {"text": 7.5, "labels": 4.0}
+NOISES, SAMPLING_STEPS = 16, 200
 PROMPTS = ("a photograph of a cat", "a red house by a lake", "a bowl of fruit", "a city street at night", "mountains in snow", "a portrait")
 
 
@@ -108,6 +111,31 @@ class Pipeline:
 
         said = {name: float(value.double().sum()) for name, value in condition.items()}
         return self._flow(denoise, {"guidance": scale, "condition": said})
+
+    def draws(self) -> dict[str, Draw]:
+        """ "images" are the model as it is, "guided", where it can be, from the same noises towards drawn conditions."""
+
+        def noise(draw: torch.Generator) -> Tensor:
+            return self.flow().noise(NOISES, *self.shape, generator=draw).to(self.device)
+
+        def guided(draw: torch.Generator) -> tuple[Flow, Tensor]:
+            begin = noise(draw)
+            return self.guided(NOISES, draw), begin
+
+        return {"images": lambda draw: (self.flow(), noise(draw))} | ({"guided": guided} if self.can_be_guided else {})
+
+    def samples(self, count: int, steps: int = SAMPLING_STEPS) -> Float[Tensor, "count channels height width"]:
+        """What the model itself makes of noises by DPM-Solver++, made once: what stands in where there are no images."""
+        flow = self.flow()
+
+        def make() -> Tensor:
+            draw, parts = torch.Generator().manual_seed(3), []
+            for start in range(0, count, NOISES):
+                noise = flow.noise(min(NOISES, count - start), *self.shape, generator=draw).to(self.device)
+                parts.append(by_diffusers("dpm++2m", flow.denoise, noise, noise_levels(*flow.ends, steps)).cpu())
+            return torch.cat(parts)
+
+        return kept("pipeline-samples", "dpm++2m", {"model": self.digest, "count": count, "steps": steps}, make).to(self.device)
 
     def read(self, directory: str | Path) -> Float[Tensor, "M channels height width"]:
         """Images of a folder as the network sees them: pixels in [-1, 1], or latents."""

@@ -17,6 +17,7 @@ from fewer.tasks import DigitsDiffusion
 from fewer.tasks.digit_sampling import SIGMA_MAX, SIGMA_MIN, Denoise
 
 GUIDANCE = 4.0  # of the digits
+NOISES = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Flow:
         return (x - self.denoise(x, sigma)) / sigma
 
 
+Draw = Callable[[torch.Generator], tuple[Flow, Tensor]]  # what is sampled, and noises to begin with
+
+
 def random_mixture(dim: int, components: int) -> GaussianMixture:
     """Means 0.5 randn, variances (0.02 + 0.1 u_ci) u_i, weights softmax(randn)."""
     draw = torch.Generator().manual_seed(dim)
@@ -75,6 +79,20 @@ def digits_flow(digits: DigitsDiffusion, label: Tensor | None = None) -> Flow:
     if label is None:
         return Flow(digits.denoiser, schedule, digits.reference)
     return Flow(digits.guided(GUIDANCE, label), schedule, lambda x: digits.reference(x, GUIDANCE, label))
+
+
+def digits_draws(digits: DigitsDiffusion) -> dict[str, Draw]:
+    """ "images" are digits without labels, "guided" those guided to drawn labels from the same noises."""
+    plain = digits_flow(digits)
+
+    def images(draw: torch.Generator) -> tuple[Flow, Tensor]:
+        return plain, plain.noise(NOISES, *digits.shape, generator=draw)
+
+    def guided(draw: torch.Generator) -> tuple[Flow, Tensor]:
+        _, noise = images(draw)
+        return digits_flow(digits, torch.randint(10, (NOISES,), generator=draw)), noise
+
+    return {"images": images, "guided": guided}
 
 
 def kept(kind: str, name: str, what: dict[str, object], make: Callable[[], Tensor]) -> Tensor:

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from fewer.diffusion._shared.peers import PEERS, Solve, errors_after, solve_by
+from fewer.diffusion._shared.problems import digits_flow
 from fewer.diffusion.dpm_solver_v3.ems import EMS
 from fewer.diffusion.dpm_solver_v3.multistep import preset, sample
-from fewer.diffusion.dpm_solver_v3.problems import Problem, Task
+from fewer.diffusion.dpm_solver_v3.problems import Statistics, Task
+from fewer.errors import UserError
 from fewer.study import Curve, Estimate, Figure, NotTestable, Results, Scale, Study, Trial
 from fewer.study.results import bootstrap
 from fewer.tasks import frechet_distance, load_digits_diffusion
@@ -62,17 +64,20 @@ def task(scale: Scale, pipeline: str, data: str) -> Task:
     full = scale is Scale.FULL
     k = (1024 if full else 64) if pipeline else 4096 if full else 512
     made = Task("mnist28" if full else "mnist16", k, pipeline, data)
-    made.prepare()
+    try:
+        made.prepare()
+    except (OSError, ValueError) as mistake:  # in the user's own files
+        raise UserError(str(mistake)) from mistake
     return made
 
 
-def measure(job: Task, trial: Trial, solver: Callable[[str, Problem], Solve]) -> None:
+def measure(job: Task, trial: Trial, solver: Callable[[str, Statistics], Solve]) -> None:
     """Log an arm's errors at every number of calls."""
     problems = job.problems(trial.device)
-    for name, problem in problems.items():
-        flow, noise = problem.make(torch.Generator().manual_seed(1000 + trial.seed))
+    for name, (draw, statistics) in problems.items():
+        flow, noise = draw(torch.Generator().manual_seed(1000 + trial.seed))
         reached = False
-        for calls, error in errors_after(solver(name, problem), flow, noise, MANY if name == "mixture64" else CALLS):
+        for calls, error in errors_after(solver(name, statistics), flow, noise, MANY if name == "mixture64" else CALLS):
             trial.log("error", error, **at(name, calls))
             if name == "images" and error <= GOOD and not reached:
                 reached = True
@@ -80,9 +85,9 @@ def measure(job: Task, trial: Trial, solver: Callable[[str, Problem], Solve]) ->
     if job.pipeline:
         return
     digits = load_digits_diffusion(job.kind)
-    flow, _ = problems["images"].make(torch.Generator())
+    flow = digits_flow(digits)
     noise = flow.noise(JUDGED, *digits.shape, generator=torch.Generator().manual_seed(2000 + trial.seed))
-    ours = digits.features(solver("images", problems["images"])(flow, noise, JUDGED_CALLS))
+    ours = digits.features(solver("images", problems["images"][1])(flow, noise, JUDGED_CALLS))
     trial.log("frechet", frechet_distance(ours, digits.features(digits.data("test")[0][:2000])))
 
 
@@ -96,8 +101,8 @@ def same(ems: EMS) -> EMS:
 def v3(
     job: Task, trial: Trial, options: Options, guided: Options | None = None, which: str = "full", change: Callable[[EMS], EMS] = same
 ) -> None:
-    def solver(name: str, problem: Problem) -> Solve:
-        ems, chosen = change(problem.statistics(which)), guided if guided and name == "guided" else options
+    def solver(name: str, statistics: Statistics) -> Solve:
+        ems, chosen = change(statistics(which)), guided if guided and name == "guided" else options
         return lambda flow, x, calls: sample(flow.epsilon, x, flow.schedule, ems, calls, **chosen(calls))
 
     measure(job, trial, solver)
