@@ -130,7 +130,7 @@ def in_one_line(error: click.ClickException) -> str:
             words = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
             return f"{name} {given[1]}: expected {words}{papers.did_you_mean(given[1], choices)}"
         if isinstance(kind, click.IntRange | click.FloatRange) and "not in the range" in error.message:
-            limits = [f"at least {kind.min:g}"] * (kind.min is not None) + [f"at most {kind.max:g}"] * (kind.max is not None)
-            return f"{name} {given[1]}: expected {' and '.join(limits)}"
+            ends = (("at least", kind.min), ("at most", kind.max))
+            return f"{name} {given[1]}: expected {' and '.join(f'{words} {end:g}' for words, end in ends if end is not None)}"
     where = f"; `{error.ctx.command_path} --help` shows what it takes" if isinstance(error, click.UsageError) and error.ctx else ""
     return " ".join(error.format_message().split()).rstrip(".") + where
