@@ -184,5 +184,5 @@ def test_files_that_hold_no_such_array_are_refused(tmp_path):
             wht(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="is no file"):
         wht(tmp_path / "absent.npy")
-    with pytest.raises(ValueError, match="--top is 0"):
+    with pytest.raises(ValueError, match="--top is 0; expected a whole number"):
         wht(tmp_path / "six.npy", top=0)

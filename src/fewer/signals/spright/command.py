@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    import numpy as np
+from fewer.checks import check_whole
 
+if TYPE_CHECKING:
     from fewer.signals.spright import SparseSpectrum
 
 
 def wht(
     file: Annotated[Path, typer.Argument(help="An .npy file: a real array of length 2^n.")],
-    top: Annotated[int, typer.Option(help="How many coefficients to print.")] = 20,
-    design: Annotated[str, typer.Option(help="so or nso for arrays with noise, none for exact ones.")] = "so",
-    max_queries: Annotated[int | None, typer.Option(help="Entries to read at most; 100,000.")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the entries.")] = 0,
+    top: Annotated[int, typer.Option(min=1, help="How many coefficients to print.")] = 20,
+    design: Annotated[Literal["so", "nso", "none"], typer.Option(help="so or nso for arrays with noise, none for exact ones.")] = "so",
+    max_queries: Annotated[int | None, typer.Option(min=1, help="Entries to read at most; 100,000.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the entries.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="Read every entry and make the full transform.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -29,15 +29,15 @@ def wht(
 
     Example: fewer wht truth_table.npy --top 20
     """
-    if top < 1:
-        raise ValueError(f"--top is {top}; expected at least 1")
+    check_whole(optional=(), **{"--top": top})
+    from fewer.inputs import map_array
     from fewer.signals.spright.bins.queries import ArrayFunction
     from fewer.signals.spright.recovery import sparse_wht
 
-    f = ArrayFunction(_mapped(file))
+    f = ArrayFunction(map_array(file, "an array of length 2^n"))
     if f.n < 1:
         raise ValueError(f"{file} holds a single number; expected an array of length 2, 4, 8, ...")
-    spectrum = _full(f, top) if full else sparse_wht(f, f.n, design=design, max_queries=max_queries, seed=seed)  # pyright: ignore[reportArgumentType] - checked there
+    spectrum = _full(f, top) if full else sparse_wht(f, f.n, design=design, max_queries=max_queries, seed=seed)
     shown = spectrum.top(top)
     if as_json:
         coefficients = [
@@ -58,24 +58,6 @@ def wht(
 
 
 COMMANDS = {"wht": wht}
-
-
-def _mapped(file: Path) -> np.ndarray:
-    """The array of an .npy file, mapped, never unpickled; ValueError or FileNotFoundError where it cannot be had."""
-    import numpy as np
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file; expected an .npy file with an array of length 2^n")
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(
-            f"{file} cannot be read as an .npy file of plain numbers ({why}); write it with numpy.save(file, array)"
-        ) from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{file} is an archive of arrays; expected one array: write it with numpy.save(file, array)")
-    return array
 
 
 def _full(f: object, top: int) -> SparseSpectrum:
