@@ -196,10 +196,11 @@ def names_in(events):
 
 
 def test_every_arm_logs_the_figures_that_tables_and_claims_ask_for(logged):
-    costs = {"saved_activations", "optimizer_bytes", "peak_memory", "step_seconds", "trained"}
+    costs = {"bytes", "optimizer_bytes", "peak_memory", "cpu_seconds", "parameters"}
     quality = {"accuracy", "accuracy_longer", "loss", "forgetting", "forgetting_at", "training_loss"}
     for name in study.arms:
         assert costs | quality <= names_in(logged[name, 0, False])
+        assert ("step_ratio" in names_in(logged[name, 0, False])) == (name == "s2ft")
         assert ("merge_seconds" in names_in(logged[name, 0, False])) == (name != "full")
         assert names_in(logged[name, 1, False]) == (set() if name == "s2ft-heads" else quality)
         told = [event for event in logged[name, 0, True] if isinstance(event, ObjectiveEvent)]

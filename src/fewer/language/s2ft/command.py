@@ -54,7 +54,8 @@ def train(
 
     if bool(text) == bool(jsonl):
         raise ValueError("expected either --text (repeat for more) or --jsonl: give one of them")
-    check_whole(1, **{"--steps": steps, "--batch": batch})
+    numbers: dict[str, Any] = {"--steps": steps, "--batch": batch}
+    check_whole(**numbers)
     check_positive(**{"--lr": lr})
     inputs, place = [model_dir, *(text or []), *([jsonl] if jsonl else [])], choose_device(device)
     check_new(out, overwrite, inputs=inputs, option="OUT")
