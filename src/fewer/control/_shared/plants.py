@@ -145,7 +145,7 @@ class Trajectory:
         y: [steps, p], the outputs without noise, each after the input beside it.
         u: [steps, m], the inputs applied.
         reference: [steps, p], what y was to be.
-        seconds: [steps], time that the controller took.
+        seconds: [steps], processor time that the controller took.
     """
 
     y: np.ndarray
@@ -191,7 +191,7 @@ def simulate(plant: Plant, controller: Controller, reference: Any, dt: float, st
     Raises:
         ValueError: the reference is too short.
     """
-    from time import perf_counter
+    from time import process_time
 
     reference = np.asarray(reference, float)
     reference = reference[:, None] if reference.ndim == 1 else reference
@@ -202,9 +202,9 @@ def simulate(plant: Plant, controller: Controller, reference: Any, dt: float, st
     controller.reset()
     outputs, inputs, seconds = [], [], []
     for n in range(steps):
-        began = perf_counter()
+        began = process_time()
         u = np.asarray(controller.step(y, reference[n : n + controller.preview]), float)
-        seconds.append(perf_counter() - began)
+        seconds.append(process_time() - began)
         y = plant.step(u, dt)
         outputs.append(plant.true())
         inputs.append(np.clip(u, plant.lower, plant.upper))

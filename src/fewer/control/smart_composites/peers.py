@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +12,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from fewer.control._shared.toolchain import FAST, build_library
 from fewer.errors import require
 
 
-def onnx_session(model: nn.Module, x: torch.Tensor) -> Any:
-    """An onnxruntime session of one thread."""
+def onnx_session(model: nn.Module | Path, x: torch.Tensor | None = None) -> Any:
+    """An onnxruntime session of one thread, of a module or of an .onnx file."""
     import io
     import warnings
 
     onnxruntime = require("onnxruntime", "control")
-
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    if isinstance(model, Path):
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])  # pyright: ignore[reportArgumentType] - takes files, too
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
 
 
@@ -59,3 +63,19 @@ def emlearn_c(model: nn.Sequential, folder: Path) -> tuple[Path, tuple[str, ...]
     text = '#include "peer.h"\nint call(const float *x, int n, float *y, int m);\nint call(const float *x, int n, float *y, int m)\n'
     (folder / "peer.c").write_text(text + "{ return peer_regress(x, n, y, m); }\n")
     return folder / "peer.c", (f"-I{emlearn.includedir}",)
+
+
+def emlearn_call(source: Path, flags: tuple[str, ...], model: nn.Module, x: torch.Tensor) -> Callable[[], np.ndarray]:
+    """A call of that C on this machine with the input x."""
+    library = ctypes.CDLL(str(build_library([source], source.with_suffix(".so"), (*FAST, "-w", *flags))))
+    values, into, out = x.numpy(), np.zeros(x.numel(), np.float32), np.zeros(model(x).numel(), np.float32)
+    places = [ctypes.c_void_p(into.ctypes.data), into.size, ctypes.c_void_p(out.ctypes.data), out.size]
+    function = library["call"]
+    function.restype = None
+
+    def call() -> np.ndarray:
+        into[:] = values.reshape(-1)
+        function(*places)
+        return out.copy()
+
+    return call

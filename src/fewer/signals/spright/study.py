@@ -44,7 +44,7 @@ study = Study(
         Figure("accuracy", "exact support at 10 dB", "%", "higher", at={"decibels": 10}),
         Figure("queries", "queries, 40 variables, K = 4", at={"variables": 40}),
         Figure("cpu_seconds", "processor time on 2^26 entries", "s", at={"n": 26}),
-        Figure("part_read", "entries of 2^26 read", "%", at={"n": 26}),
+        Figure("queries", "entries of 2^26 read", at={"n": 26}),
         Figure("time_exponent", "e of time ~ N^e"),
         Figure("error", "1 - R^2, boosted trees, 8,000 queries", "%", at=BOOSTED),
         Figure("error", "1 - R^2, random forest, 8,000 queries", "%", at=FOREST),
@@ -120,7 +120,7 @@ def over_lengths(trial: Trial, transform: Callable[[np.ndarray, int], int]) -> N
         queries = transform(array, n)
         seconds.append(median_seconds(lambda: transform(array, n), REPEATS, processor=True))  # noqa: B023 - called at once
         trial.log("cpu_seconds", seconds[-1], n=n)
-        trial.log("part_read", queries / 2**n, n=n)
+        trial.log("queries", queries, n=n)
     trial.log("time_exponent", np.polyfit(np.array(lengths) * math.log(2), np.log(seconds), 1)[0])
 
 
@@ -341,7 +341,7 @@ def summary(results: Results) -> str:
     faster = results.ratio("cpu_seconds", "fwht", "spright-none", n=n).value
     return (
         f"SPRIGHT found the exact spectrum of {say('accuracy', 'spright-so', decibels=10)} of functions of 20 variables at 10 dB. Of an array of "
-        f"2^{n} entries it read {say('part_read', 'spright-none', n=n)} and took 1/{faster:.0f} of the full transform's processor time. With 8,000 "
+        f"2^{n} entries it read {say('queries', 'spright-none', n=n)} and took 1/{faster:.0f} of the full transform's processor time. With 8,000 "
         f"queries it left {say('error', 'spright-degree', **BOOSTED)} of the variance of boosted trees unexplained (LASSO "
         f"{say('error', 'lasso', **BOOSTED)}) and {say('error', 'spright-degree', **FOREST)} of a random forest's (LASSO "
         f"{say('error', 'lasso', **FOREST)}). It found the edges of both networks from cut sizes, but took "
