@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fewer.inputs import read_pairs
 from fewer.language._shared.feed_forward import count_parameters, decoder_layers, ffn_flops, width_of
 from fewer.language._shared.model_directory import load_directory
-from fewer.language._shared.timing import reading_seconds, writing_seconds
+from fewer.language._shared.timing import one_thread, reading_seconds, writing_seconds
 from fewer.language.cfsp.calibration import CfspStats, calibrate
 from fewer.language.cfsp.peers import prune_by_global_threshold
 from fewer.language.cfsp.pruning import PruneReport, prune, save_pruned
@@ -163,7 +163,7 @@ def prune_and_judge(task: Task, trial: Trial, way: Way, timed: bool = False) -> 
     for removed in SHARES[task.scale]:
         model, seen = task.model(trial.device), []
         watched = model.get_input_embeddings().register_forward_hook(lambda _, args, output, seen=seen: seen.append(args[0].numel()))
-        with trial.measure("prune", removed=removed):
+        with one_thread(), trial.measure("prune", removed=removed):
             stats = calibrate(model, windows.split(8))
             way(task, model, stats, removed, torch.Generator().manual_seed(trial.seed))
         watched.remove()
@@ -212,7 +212,7 @@ def recover_and_judge(task: Task, trial: Trial, ig: Any) -> None:
     model, steps = task.model(trial.device), RECOVERY_STEPS
     report = prune(model, calibrate(model, task.windows(trial.seed).split(8)), HALF["removed"], multiple_of=task.multiple_of)
     words = {"batch": RECOVERY_BATCH, "window": RECOVERY_WINDOW, "seed": trial.seed}
-    with trial.measure("recover"):
+    with one_thread(), trial.measure("recover"):
         tell = trial.follow("training_loss", total=steps, text="loss", over="step")
         recover(model, task.train, steps, scores=report.scores, ig=ig, tell=lambda _, loss: tell(loss), **words)
     judge(model, task, trial, HALF["removed"])

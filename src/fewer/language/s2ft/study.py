@@ -26,6 +26,7 @@ from fewer.language._shared.lora import with_lora
 from fewer.language._shared.model_directory import load_directory
 from fewer.language._shared.questions import Pair, Problems, answer_loss, draw_sums, encode, judge
 from fewer.language._shared.structure import structure_of
+from fewer.language._shared.timing import one_thread
 from fewer.language.s2ft.adapters.adapter import Adapter, Slice
 from fewer.language.s2ft.config import S2FTConfig
 from fewer.language.s2ft.model import S2FTModel, get_s2ft_model
@@ -174,10 +175,8 @@ def log_quality(task: Task, trial: Trial, model: Any, before: float, lr: float, 
 
 
 def log_costs(task: Task, trial: Trial, wrap: Wrap) -> None:
-    """What a step of 2 x 128 tokens needs, on one thread: a second thread's waiting would count as work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    """What a step of 2 x 128 tokens needs, on one thread."""
+    with one_thread():
         model = wrap(task.model(trial.device), trial.seed).train()
         step, optimizer = a_step(model, task, trial.device)
         with trial.measure("training") as cost:
@@ -193,8 +192,6 @@ def log_costs(task: Task, trial: Trial, wrap: Wrap) -> None:
         del model
         if wrap is s2ft_model:
             log_steps_in_turn(task, trial)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def loss_of_text(model: Any, task: Task, device: str) -> Tensor:
