@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
@@ -26,10 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewer.checks import check_choice, check_whole
 from fewer.diffusion._shared import NoiseSchedule
+from fewer.diffusion._shared.derivatives import Mode, directional
 from fewer.diffusion._shared.prediction import Epsilon, NetworkEpsilon
 from fewer.diffusion.dpm_solver_v3.ems import EMS, model_hash
 
-Mode = Literal["forward", "double-backward"]
 FEWEST_SAMPLES = 64
 NO_VARIANCE = 1e-10  # of E f^2: below it f is a constant and s is 0 (not in the paper)
 SUM_ROUNDING = 1e-14  # of the float64 sums that the variance of f is a difference of
@@ -101,19 +100,19 @@ def point_terms(
         probe: v of +1 and -1, shaped like x.
         lambda_: float64 scalar.
     """
-    t, t_slope = _jvp(schedule.inverse, (lambda_,), (torch.ones_like(lambda_),))  # dt / dlambda
-    _, log_alpha_slope = _jvp(lambda value: schedule.log_alpha(schedule.inverse(value)), (lambda_,), (torch.ones_like(lambda_),))
+    one = (torch.ones_like(lambda_),)
+    t, t_slope = directional(schedule.inverse, (lambda_,), one, "forward")  # dt / dlambda
+    _, log_alpha_slope = directional(lambda value: schedule.log_alpha(schedule.inverse(value)), (lambda_,), one, "forward")
     alpha, sigma = (each.to(clean.device) for each in (schedule.alpha(t), schedule.sigma(t)))
     x = (alpha * clean.double() + sigma * noise.double()).to(clean.dtype)
-    product = _jvp if mode == "forward" else _double_backward
-    noise_seen, along_probe = product(lambda state: eps(state, t), (x,), (probe,))
+    noise_seen, along_probe = directional(lambda state: eps(state, t), (x,), (probe,), mode)
     if noise_seen.shape != x.shape:
         raise ValueError(
             f"eps gives {tuple(noise_seen.shape)} for x {tuple(x.shape)}; expected the shape of x: a network of one noise each"
         )
     double, seen = x.double(), noise_seen.double()  # u is a difference of two large numbers at noisy times
     x_slope = log_alpha_slope.to(double) * double - sigma * seen  # dx / dlambda
-    _, along_flow = product(eps, (x, t), (x_slope.to(x.dtype), t_slope))  # eps^(1)
+    _, along_flow = directional(eps, (x, t), (x_slope.to(x.dtype), t_slope), mode)  # eps^(1)
     return PointTerms(
         (sigma * seen - double) / alpha, double / alpha, sigma / alpha * along_flow.double(), sigma * (along_probe * probe).double()
     )
@@ -268,20 +267,3 @@ def _mode_that_works(eps: Epsilon, schedule: NoiseSchedule, draws: _Draws, lambd
             remedy = 'give mode="double-backward"' if wanted == "forward" else "a differentiable network is needed"
             raise ValueError(f"the network cannot be differentiated in {wanted} mode ({error}); {remedy}") from error
     return tried
-
-
-def _jvp(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    value, product, *_ = torch.func.jvp(function, at, along)
-    return value, product
-
-
-def _double_backward(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The same by differentiating the vector-Jacobian product, which is linear in its vector."""
-    with torch.enable_grad():
-        at = tuple(each.detach().requires_grad_() for each in at)
-        value = function(*at)
-        vector = torch.zeros_like(value, requires_grad=True)
-        back = torch.autograd.grad(value, at, vector, create_graph=True, allow_unused=True)
-        pairs = [(gradient, direction) for gradient, direction in zip(back, along, strict=True) if gradient is not None]
-        (product,) = torch.autograd.grad([gradient for gradient, _ in pairs], [vector], [direction for _, direction in pairs])
-    return value.detach(), product.detach()

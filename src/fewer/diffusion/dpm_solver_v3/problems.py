@@ -113,4 +113,4 @@ def statistics_of(name: str, flow: Flow, data: Tensor, n: int, k: int, common: b
     from safetensors.torch import load_file
 
     read = load_file(made_once(folder_of("ems", name, what), make) / WEIGHTS)
-    return EMS(*(read[each] for each in CURVES))
+    return EMS(read["lambdas"], read["l"], read["s"], read["b"])

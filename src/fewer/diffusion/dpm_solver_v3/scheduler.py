@@ -6,22 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float
 from torch import Tensor
 
-from fewer.diffusion._shared import NoiseSchedule, to_epsilon
-from fewer.diffusion._shared.noise_schedule import check_config
-from fewer.diffusion._shared.prediction import at_least_single, check_prediction
+from fewer.diffusion._shared import to_epsilon
+from fewer.diffusion._shared.prediction import at_least_single
+from fewer.diffusion._shared.scheduler import FractionalTimeScheduler
 from fewer.diffusion.dpm_solver_v3.ems import EMS, WEIGHTS
 from fewer.diffusion.dpm_solver_v3.local_update import Integrals
 from fewer.diffusion.dpm_solver_v3.multistep import Multistep, Plan, SolverConfig, make_plan
 
-SAME_TIME = 1e-3  # of a training step: two times that are nearer are one
 
-
-class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
+class DPMSolverV3Scheduler(FractionalTimeScheduler):
     """One network call a step, with the model's own statistics (arXiv 2310.13268).
 
     Args:
@@ -30,11 +27,6 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         prediction_type: "epsilon", "sample", "v_prediction" or "score".
         solver_order, pseudo_predictor, corrector, pseudo_corrector, lower_order_final, spacing, end_time: as in `SolverConfig`;
             `preset` gives the paper's.
-
-    Attributes:
-        timesteps: float64 [n], fractional: (t - 1 / T) T, T = num_train_timesteps.
-        init_noise_sigma: 1.0.
-        begin_index: the step that sampling begins with, where `set_begin_index` said so.
 
     Examples:
         >>> from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -49,9 +41,6 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         >>> x.shape
         torch.Size([1, 3, 8, 8])
     """
-
-    order = 1
-    init_noise_sigma = 1.0
 
     def __init__(
         self,
@@ -72,7 +61,6 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if not isinstance(ems, EMS):
             raise ValueError(f"ems is {type(ems).__name__}; expected EMS: estimate_ems(...) or EMS.from_pretrained(directory)")
-        check_prediction(prediction_type)
         solver = {
             "solver_order": solver_order,
             "pseudo_predictor": pseudo_predictor,
@@ -82,25 +70,18 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             "spacing": spacing,
             "end_time": end_time,
         }
-        self._solver_config = SolverConfig(**solver)
         noise = {
             "num_train_timesteps": num_train_timesteps,
             "beta_start": beta_start,
             "beta_end": beta_end,
             "beta_schedule": beta_schedule,
-            "trained_betas": None if trained_betas is None else [float(beta) for beta in trained_betas],
+            "trained_betas": trained_betas,
         }
-        self.register_to_config(**noise, prediction_type=prediction_type, **solver)
+        self._solver_config = SolverConfig(**solver)
+        self.start(noise, prediction_type=prediction_type, **solver)
         self.ems = ems
-        self.schedule = NoiseSchedule.from_diffusers(noise)
-        self.num_inference_steps: int | None = None
-        self.timesteps = torch.zeros(0, dtype=torch.float64)
         self._integrals: Integrals | None = None
-        self._plan: Plan | None = None
         self._placed: Plan | None = None
-        self._solver: Multistep | None = None
-        self._begin = 0
-        self.begin_index: int | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -111,7 +92,6 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         """
         if "ems" not in kwargs:
             raise ValueError("from_config without EMS; expected from_config(config, ems=...): estimate_ems(...) makes them")
-        check_config(config)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -134,21 +114,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             ValueError: EMS of another schedule's range, or too coarse for so many steps.
         """
         self._integrals = self._integrals or Integrals(self.ems)
-        self._plan = make_plan(self.ems, self.schedule, num_inference_steps, self._solver_config, self._integrals)
-        self.num_inference_steps = num_inference_steps
-        self._times = self.schedule.timestep(self._plan.times[:-1])
-        self.timesteps = self._times.to(device)
-        self._placed, self._solver, self._begin, self.begin_index = None, None, 0, None
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at `timesteps[begin_index]`, as image-to-image and inpainting do; also found from the time of the first step."""
-        if not 0 <= begin_index < len(self.timesteps):
-            raise ValueError(f"begin_index is {begin_index}; expected 0 to {len(self.timesteps) - 1}: call set_timesteps(n) before")
-        self.begin_index, self._solver = begin_index, None
-
-    def restart(self) -> None:
-        """Begin another sample with the same timesteps, whose coefficients are kept."""
-        self._solver = None
+        self._plan, self._first = make_plan(self.ems, self.schedule, num_inference_steps, self._solver_config, self._integrals), 0
+        self._placed, self.num_inference_steps = None, num_inference_steps
+        self.take_times(self._plan.times[:-1], device)
 
     def step(
         self,
@@ -166,28 +134,21 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         Warns:
             UserWarning: the network answers in half precision, and its rounding costs more than the solver gains.
         """
-        if self._plan is None:
-            raise ValueError("step before set_timesteps; call set_timesteps(n) first")
-        solver = self._solver or self._begin_at(timestep, sample, model_output.dtype)
-        m, time = self._begin + solver.m, float(timestep)
-        if m == self.num_inference_steps or abs(time - float(self._times[m])) > SAME_TIME:
-            expected = "none: all steps are taken" if m == self.num_inference_steps else f"{float(self._times[m]):.6g}"
-            raise ValueError(f"step at time {time:.6g}; expected {expected}. Call set_timesteps(n) before each sample")
-        self._solver = solver
-        eps = to_epsilon(model_output, sample, solver.plan.alphas[solver.m], solver.plan.sigmas[solver.m], self.config["prediction_type"])
+        index = self.turn(timestep)
+        if self._next is None:
+            self._begin(index, sample, model_output.dtype)
+        solver, plan = self._solver, self._plan
+        eps = to_epsilon(model_output, sample, plan.alphas[solver.m], plan.sigmas[solver.m], self.config["prediction_type"])
         moved = solver.step(eps, sample).to(sample.dtype)
+        self._next = index + 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
-    def _begin_at(self, timestep: Tensor | float, sample: Tensor, output: torch.dtype) -> Multistep:
-        """A solver whose first step is at this time, its coefficients where the sample is; history begins there too."""
+    def _begin(self, index: int, sample: Tensor, output: torch.dtype) -> None:
+        """A solver whose first step is the one of this index, its coefficients where the sample is; history begins there too."""
         self.ems.check_shape(sample.shape[1:])
-        assert self._plan is not None
-        assert self.num_inference_steps is not None
-        gaps = (self._times - float(timestep)).abs()
-        begin = self.begin_index if self.begin_index is not None else int(gaps.argmin()) if float(gaps.min()) <= SAME_TIME else 0
-        if begin != self._begin:
-            self._begin, self._placed = begin, None
-            self._plan = make_plan(self.ems, self.schedule, self.num_inference_steps, self._solver_config, self._integrals, begin)
+        if index != self._first:
+            self._first, self._placed = index, None
+            self._plan = make_plan(self.ems, self.schedule, len(self.timesteps), self._solver_config, self._integrals, index)
         if output in (torch.float16, torch.bfloat16):
             one, kind = torch.ones((), dtype=torch.float64), self.config["prediction_type"]
             levels = zip(self._plan.alphas[:-1], self._plan.sigmas[:-1], strict=True)
@@ -196,18 +157,4 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         placed = self._placed
         if placed is None or placed.f_of_eps[0].dtype != dtype or placed.f_of_eps[0].device != sample.device:
             self._placed = placed = self._plan.to(sample.to(dtype))
-        return Multistep(placed)
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """The sample as it is."""
-        return sample
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha x_0 + sigma noise at network times [B], which may be fractional."""
-        t = self.schedule.time(timesteps).reshape(-1, *[1] * (original_samples.ndim - 1))
-        clean = original_samples.to(at_least_single(original_samples.dtype))
-        noisy = self.schedule.alpha(t).to(clean) * clean + self.schedule.sigma(t).to(clean) * noise.to(clean)
-        return noisy.to(original_samples.dtype)
-
-    def __len__(self) -> int:
-        return self.config["num_train_timesteps"]
+        self._solver = Multistep(placed)
