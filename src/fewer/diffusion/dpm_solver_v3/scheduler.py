@@ -30,6 +30,7 @@ class DPMSolverV3Scheduler(FractionalTimeScheduler):
 
     Examples:
         >>> from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+        >>> from fewer.diffusion._shared import NoiseSchedule
         >>> schedule = NoiseSchedule.from_diffusers(DDPMScheduler())
         >>> ends = [float(schedule.lambda_(torch.tensor(t))) for t in (schedule.t_max, schedule.t_min)]
         >>> ems = EMS.data_prediction(torch.linspace(*ends, 121, dtype=torch.float64))

@@ -16,6 +16,7 @@ def class_logits(
 ) -> Float[Tensor, "nodes classes"]:
     """h h_virtual^T / temperature.
 
+    >>> import torch
     >>> class_logits(torch.tensor([[1.0, 2.0]]), torch.eye(2), temperature=2.0)
     tensor([[0.5000, 1.0000]])
     """
