@@ -24,7 +24,7 @@ Source: arXiv 1508.06336.
 >>> interactions = dict(spectrum.interactions([f"x{i}" for i in range(100)]))
 >>> round(interactions["x3", "x71"], 6), round(interactions["x90",], 6)
 (0.25, 0.25)
->>> spectrum.converged, spectrum.queries < 7_000
+>>> spectrum.converged, spectrum.queries < 9_000
 (True, True)
 """
 

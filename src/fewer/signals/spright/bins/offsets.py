@@ -18,7 +18,7 @@ from fewer.signals.spright.bins.hashing import add_columns
 Design = Literal["so", "nso", "none"]
 FLIPS, CODE, LIST = 0, 1, 2  # how a bin is read: by pairs of offsets, by a code, by trying a list of candidates
 NOISELESS_OFFSETS = (
-    24  # at least; three equal coefficients pass for one at an offset with probability 3/4, and in a bin with 1e-3 / B (not in the paper)
+    28  # at least: three equal coefficients look like one at an offset with probability 3/4, at all with 3e-4 (not in the paper)
 )
 SHORT_LIST = 43_745  # candidates of weight <= 3 among 64 variables
 
