@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sysconfig
 from pathlib import Path
 
+import click
 import peft
 import pytest
 import torch
 from s2ft_models import logits, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
 
 from fewer.errors import UserError
 from fewer.inputs import read_pairs
@@ -120,6 +123,56 @@ def test_what_cannot_be_trained_on_is_refused_and_leaves_nothing(directory, text
     with pytest.raises((ValueError, UserError), match=message):
         train(directory, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--lr", "inf"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--seed", str(10**30)),
+        ("--seed", "-1"),
+        ("--window", "0"),
+        ("--batch", "-1"),
+        ("--steps", "0"),
+        ("--d-ratio", "1.5"),
+        ("--device", "nope"),
+    ],
+)
+def test_numbers_and_words_have_their_limits_where_they_are_declared(directory, text, tmp_path, option, value):
+    words = ["train", directory, tmp_path / "out", "--text", text, "--window", 24, option, value]
+    with pytest.raises((click.UsageError, ValueError), match=re.escape(value.removeprefix("-")) + "|nan"):
+        get_command(command.app)([str(word) for word in words], standalone_mode=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [None, ["a"], float("nan"), 5, ""])
+@pytest.mark.parametrize("name", ["prompt", "completion"])
+def test_examples_that_are_no_texts_are_refused_by_their_line(directory, tmp_path, name, value):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"} | {name: value}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=rf"rows.jsonl, line 2: its {name} is .*; expected a text"):
+        train(directory, tmp_path / "out", jsonl=tmp_path / "rows.jsonl", **SMALL)
+
+
+@pytest.mark.parametrize("option", ["text", "jsonl"])
+@pytest.mark.parametrize("kind", ["bad bytes", "a folder", "absent"])
+def test_files_that_cannot_be_read_are_named(directory, tmp_path, option, kind):
+    file = tmp_path / "given"
+    if kind == "bad bytes":
+        file.write_bytes(b"\xff\xfe\x00")
+    elif kind == "a folder":
+        file.mkdir()
+    with pytest.raises((ValueError, OSError, UserError), match=r"given .*(UTF-8|a folder|no file)"):
+        train(directory, tmp_path / "out", **SMALL, **{option: [file] if option == "text" else file})
+
+
+def test_examples_without_room_are_left_out_and_told(directory, tmp_path, capsys):
+    rows = [{"prompt": "word " * 60, "completion": " x"}] + [{"prompt": "a", "completion": " b"}] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train(directory, tmp_path / "out", jsonl=tmp_path / "rows.jsonl", **SMALL)
+    assert "1 of 4 examples are left out: their prompts alone fill --window 24" in capsys.readouterr().err
 
 
 def test_mistakes_are_told_in_one_line(fewer, text):
