@@ -275,15 +275,3 @@ def test_the_verb_refuses_a_model_that_is_pruned_already(pruned, tmp_path, texts
     save_pruned(pruned[0], tmp_path / "pruned")
     with pytest.raises(ValueError, match="pruned already; expected the dense one"):
         prune_verb(tmp_path / "pruned", tmp_path / "out", text=[Path(texts[0])])
-
-
-def test_the_language_models_verbs_say_where_the_model_is(fewer, tmp_path, texts):
-    cache = {"FEWER_CACHE": str(tmp_path / "cache")}
-    words = ["--preset", "family-micro", "--text", texts[0]]
-    assert "is not trained yet" in fewer("lm", "info", *words, **cache).stdout
-    path = fewer("lm", "path", *words, **cache).stdout.strip()
-    assert Path(path, "model.safetensors").exists()
-    assert json.loads(fewer("lm", "info", *words, "--json", **cache).stdout)["folder"] == path
-    assert "removed" in fewer("lm", "clear", **cache).stdout
-    assert not Path(path).exists()
-    assert "expected family-s or family-micro" in fewer("lm", "path", "--preset", "huge", status=2, **cache).stderr

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -52,23 +49,6 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-def in_a_fresh_process(folder):
-    """The model's logits as another process reads them from the directory, with this library (without it: test_files.py)."""
-    code = f"""
-import torch
-import fewer.language.cfsp.pruning
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=False, dtype="auto")
-ids = torch.randint(1, 100, (3, 24), generator=torch.Generator().manual_seed(0))
-assert model.dtype == torch.bfloat16
-torch.save(model.float()(input_ids=ids).logits.detach(), {str(folder / "logits.pt")!r})
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "logits.pt", weights_only=True)
-
-
 @pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("export", ["list", "padded"])
 def test_every_family_is_pruned_saved_and_read_back(family, export, tmp_path):
@@ -80,13 +60,6 @@ def test_every_family_is_pruned_saved_and_read_back(family, export, tmp_path):
     assert (type(loaded) is type(model)) == (export == "list")
     kind = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
     assert kind == (f"fewer_{family}" if export == "list" else family)
-
-
-def test_a_fresh_process_reads_it(tmp_path):
-    model = pruned("qwen3", torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    here = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").float()  # a cast model's own angles of rotation are rounded
-    assert torch.allclose(in_a_fresh_process(tmp_path), logits(here), atol=1e-5)
 
 
 STATES = {
@@ -253,6 +226,22 @@ def test_a_place_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="expected"):
             run(dense, place, "--text", dense / "text.txt", "--overwrite")
     assert (dense / "model.safetensors").exists()
+
+
+class Told(torch.Tensor):
+    """Ids that keep where they were sent."""
+
+    sent: tuple = ()
+
+    def to(self, *args, **kwargs):
+        Told.sent += args
+        return super().to(*args, **kwargs)
+
+
+def test_ids_and_masks_are_sent_to_where_the_model_is():
+    model, Told.sent = make("llama"), ()
+    calibrate(model, [{"input_ids": IDS.as_subclass(Told), "attention_mask": torch.ones_like(IDS).as_subclass(Told)}])
+    assert list(Told.sent).count(model.model.embed_tokens.weight.device) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
