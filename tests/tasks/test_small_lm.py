@@ -60,7 +60,8 @@ def test_the_last_twentieth_of_a_single_file_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "a.txt is no file; expected a text file"), (b"\xff\xfe", "is not UTF-8"), (b"", "nothing is left for training")]
+    ("content", "message"),
+    [(None, "a.txt is no file; expected a text file"), (b"\xff\xfe", "is not UTF-8"), (b"", "nothing is left for training")],
 )
 def test_texts_that_are_none_are_refused(tmp_path, content, message):
     if content is not None:
