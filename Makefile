@@ -14,7 +14,8 @@ demo: install ## run the first study on real images and write the page
 	$(BIN)/fewer report
 
 test: install lint types ## lint, types, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .

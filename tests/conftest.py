@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import resource
-import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from house import ROOT, WORDS, command, command_environment, in_this_process
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
-ROOT = Path(__file__).parents[1]
-WORDS = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}  # wide plain text
+for helper in sorted((ROOT / "tests").rglob("*.py")):  # modules that tests of one folder share, each of a name of its own
+    if not helper.name.startswith(("test_", "conftest", "__")) and "outside" not in helper.parts and str(helper.parent) not in sys.path:
+        sys.path.append(str(helper.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FEWER_DATA", str(ROOT / ".." / "shared" / "data"))
 
@@ -66,37 +67,6 @@ def fewer(outside, tmp_path, monkeypatch):
         return done
 
     return run
-
-
-def in_this_process(*words: str) -> subprocess.CompletedProcess[str]:
-    """`fewer WORDS` as the entry point runs it, its streams caught."""
-    from fewer import papers
-    from fewer.cli import main
-
-    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, signal.getsignal(signal.SIGTERM))
-    papers._catalogue.cache_clear()
-    try:
-        sys.argv = ["fewer", *words]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-        code = 0
-    except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else 0
-    finally:
-        sys.argv = before[0]
-        signal.signal(signal.SIGTERM, before[1])
-        papers._catalogue.cache_clear()
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
-
-
-def command(*words: str) -> list[str]:
-    """`fewer WORDS` with this interpreter."""
-    return [sys.executable, "-m", "fewer", *words]
-
-
-def command_environment(outside: Path, **environment: str) -> dict[str, str]:
-    """The environment of a command that sees this checkout and the outside package, and writes wide plain text."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(outside)))} | WORDS | environment
 
 
 # What tests cost: processor seconds, which a busy machine does not change

@@ -13,8 +13,8 @@ import click
 import pytest
 import typer.main
 
-from conftest import WORDS, in_this_process
 from fewer.cli import MethodVerb, app
+from house import WORDS, in_this_process
 
 PLACES = ["", ".", "absent/below", "folder", "file.txt/below", "n" * 256, "link", "pipe", "noise.bin", "cut.json"]
 OUTPUTS = {"out", "out_dir", "outside", "directory", "store"}  # nothing need be there, and some of the places above are none to write

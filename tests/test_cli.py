@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT, command, command_environment
+from house import ROOT, command, command_environment
 
 STORE = "fewer-runs/store.sqlite"
 
@@ -140,90 +137,6 @@ def test_a_mistyped_verb_or_option_gets_the_nearest(fewer):
     assert "--seeds" in fewer("run", "guessing", "--seed", "1", status=2).stderr
 
 
-def test_a_study_that_raises_at_import_is_told_with_its_place(fewer, outside, tmp_path):
-    (tmp_path / "broken").mkdir()
-    for file in (outside / "guessing").iterdir():
-        if file.is_file():
-            (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
-    site = tmp_path / "site"
-    (site / "guessing").mkdir(parents=True)
-    for file in (tmp_path / "broken").iterdir():
-        (site / "guessing" / file.name).write_bytes(file.read_bytes())
-    (site / "guessing" / "study.py").write_text("x = 1\n1 / 0\n")
-    done = fewer("run", "guessing", status=2, PYTHONPATH=f"{site}{os.pathsep}{outside}")
-    assert "guessing.study cannot be imported: ZeroDivisionError: division by zero" in done.stderr
-    assert "study.py, line 2" in done.stderr
-    (site / "guessing" / "study.py").write_text("import no_such_library\n")
-    done = fewer("run", "guessing", status=2, PYTHONPATH=f"{site}{os.pathsep}{outside}")
-    assert "guessing needs no_such_library, which is not installed; install it with: pip install 'fewer[all]'" in done.stderr
-
-
-def test_a_card_with_a_missing_field_is_told_with_file_and_field(fewer, outside, tmp_path):
-    site = tmp_path / "site"
-    (site / "guessing").mkdir(parents=True)
-    (site / "guessing" / "__init__.py").touch()
-    card = (outside / "guessing" / "paper.toml").read_text()
-    (site / "guessing" / "paper.toml").write_text(re.sub(r"summary = .*\n", "", card))
-    for words in (["list"], ["show", "spright"]):  # the others are shown all the same
-        done = fewer(*words, PYTHONPATH=f"{site}{os.pathsep}{outside}")
-        assert "spright" in done.stdout
-        (line,) = done.stderr.splitlines()
-        assert "guessing is left out" in line
-        assert "paper.toml: the field `summary` is missing" in line
-
-
-@pytest.mark.parametrize("record", ["{", "[]", '{"claims": 3}', '{"claims": [{"verdict": "wins"}]}', "\x00"])
-def test_one_broken_record_costs_its_own_method_alone(fewer, outside, tmp_path, record):
-    site = tmp_path / "site"
-    shutil.copytree(outside / "guessing", site / "guessing")
-    (site / "guessing" / "record.json").write_text(record)
-    for words in (["list"], ["show", "guessing"], ["report"]):
-        done = fewer(*words, PYTHONPATH=f"{site}{os.pathsep}{outside}")
-        assert "guessing: its record.json is no record" in done.stderr
-
-
-@pytest.mark.parametrize("verbs", ["", "COMMANDS = 3", "COMMANDS = {}", "COMMANDS = {'guess': 3, 'bounds': None}"])
-def test_verbs_that_a_card_promises_and_its_package_lacks_are_told_when_called(fewer, outside, tmp_path, verbs):
-    site = tmp_path / "site"
-    shutil.copytree(outside / "guessing", site / "guessing")
-    (site / "guessing" / "command.py").write_text(verbs)
-    path = f"{site}{os.pathsep}{outside}"
-    assert "guess" in fewer("--help", PYTHONPATH=path).stdout
-    fewer("list", PYTHONPATH=path)
-    done = fewer("guess", "numbers.txt", status=2, PYTHONPATH=path)
-    assert "guessing.command has no verb 'guess'" in done.stderr
-
-
-def test_control_characters_of_strangers_do_not_reach_the_terminal(fewer, outside, tmp_path):
-    site = tmp_path / "site"
-    shutil.copytree(outside / "guessing", site / "guessing")
-    card = (site / "guessing" / "paper.toml").read_text()
-    (site / "guessing" / "paper.toml").write_text(re.sub(r'summary = "', r'summary = "\\u001b[31mred\\u0007 \\u009b', card))
-    study = (site / "guessing" / "study.py").read_text()
-    (site / "guessing" / "study.py").write_text(study.replace("a fault in the arm", "a fault \\x1b]0;title\\x07 in the arm"))
-    path = f"{site}{os.pathsep}{outside}"
-    for words, status in ((["list"], 0), (["show", "guessing"], 0), (["run", "guessing", "--seeds", "1", "--set", "trouble=raise"], 1)):
-        done = fewer(*words, status=status, PYTHONPATH=path)
-        assert not re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f]", done.stdout + done.stderr), words
-    assert "\\x1b]0;title" in done.stderr
-
-
-def test_leaving_by_sys_exit_is_told(fewer, outside, tmp_path):
-    site = tmp_path / "site"
-    shutil.copytree(outside / "guessing", site / "guessing")
-    path = f"{site}{os.pathsep}{outside}"
-    text = (site / "guessing" / "study.py").read_text()
-    (site / "guessing" / "study.py").write_text("raise SystemExit(3)\n" + text.replace("from __future__ import annotations\n", ""))
-    assert "guessing.study cannot be imported: SystemExit: 3" in fewer("run", "guessing", status=2, PYTHONPATH=path).stderr
-    (site / "guessing" / "study.py").write_text("from fewer.study import Study\nstudy = Study('guessing', question='?')\n")
-    assert "declares no arm" in fewer("run", "guessing", status=2, PYTHONPATH=path).stderr
-    killed = "import os\nfrom fewer.study import Study\nstudy = Study('guessing', question='?')\n@study.task\ndef task(scale): os.kill(os.getpid(), 9)\n"
-    (site / "guessing" / "study.py").write_text(killed + "@study.arm('a')\ndef a(task, trial): ...\n")
-    done = fewer("run", "guessing", status=1, PYTHONPATH=path)
-    assert "the task of guessing could not be built (killed): the trial's process ended by signal SIGKILL" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_failed_trial_shows_its_traceback_and_exit_status_1(fewer):
     done = fewer("run", "guessing", "--seeds", "1", "--set", "trouble=raise", status=1)
     assert "ZeroDivisionError: a fault in the arm" in done.stderr
@@ -238,95 +151,6 @@ def test_a_full_disk_is_told_in_one_line(outside, tmp_path):
     with sqlite3.connect(tmp_path / STORE) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert db.execute("SELECT count(*) FROM trials WHERE status = 'done'").fetchone()[0] > 3
-
-
-def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(outside, tmp_path):
-    words, environment = command("run", "guessing", "--seeds", "60"), command_environment(outside)
-    process = subprocess.Popen(
-        words,
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("[5/"):
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the whole group
-            break
-    rest = process.communicate()[1]
-    assert process.returncode == 130
-    assert "Stopped." in rest
-    with sqlite3.connect(tmp_path / STORE) as db:
-        statuses = dict(db.execute("SELECT status, count(*) FROM trials GROUP BY status"))
-    assert set(statuses) == {"done"}
-    assert statuses["done"] >= 5
-    again = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert f"{statuses['done']} done before" in again.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_in_the_folder_for_temporary_files(outside, tmp_path, number):
-    (tmp_path / "tmp").mkdir()
-    words, environment = command("run", "guessing", "--seeds", "60"), command_environment(outside, TMPDIR=str(tmp_path / "tmp"))
-    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("[3/"):
-            process.send_signal(number)
-            break
-    rest = process.communicate()[1]
-    assert "Traceback" not in rest
-    if number == signal.SIGTERM:  # ends as Ctrl-C does
-        assert process.returncode == 130
-        assert "Stopped." in rest
-        assert os.listdir(tmp_path / "tmp") == []
-    again = subprocess.run([*words[:-1], "3"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "done before" in again.stderr
-    assert os.listdir(tmp_path / "tmp") == [], "what a killed run left is swept by the next"
-
-
-@pytest.mark.parametrize("delay", [0.3, 1.0, 1.8])
-def test_ctrl_c_in_the_first_seconds_prints_no_traceback(outside, tmp_path, delay):
-    process = subprocess.Popen(
-        command("run", "guessing", "--seeds", "60"),
-        cwd=tmp_path,
-        env=command_environment(outside),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    with contextlib.suppress(subprocess.TimeoutExpired):  # whatever the process is at by then, on whatever machine
-        process.wait(delay)
-    os.killpg(process.pid, signal.SIGINT)
-    rest = process.communicate()[1]
-    assert process.returncode in (130, -signal.SIGINT)  # the latter before Python itself was ready
-    if process.returncode == 130:
-        assert "Traceback" not in rest
-
-
-def test_no_trial_outlives_a_killed_run(outside, tmp_path):
-    words = command("run", "guessing", "--seeds", "1", "--arm", "mean", "--set", "trouble=endless")
-    process = subprocess.Popen(words, cwd=tmp_path, env=command_environment(outside), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert any("preparing" in line for line in process.stderr)
-    process.kill()
-    process.wait()
-    process.stderr.read()  # ends when the last process that holds it has ended
-    marks = [f"{tmp_path}".encode()]
-    alive = [pid for pid in os.listdir("/proc") if pid.isdigit() and _works_in(pid, tmp_path)]
-    assert not alive, marks
-
-
-def _works_in(pid, folder):
-    try:
-        return os.readlink(f"/proc/{pid}/cwd") == str(folder)
-    except OSError:
-        return False
 
 
 def test_every_verb_has_help_with_an_example(fewer):

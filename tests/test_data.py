@@ -18,12 +18,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from fewer import data
 from fewer.data.declarations import Source
 from fewer.data.fetching import cached, checksum, obtain
 from fewer.data.image_sets import CIFAR10, read_cifar10_archive
 from fewer.errors import DataUnavailable, UserError
+from house import ROOT
 
 SHARED = ROOT / ".." / "shared" / "data"
 CONTENT = b"real data" * 1000

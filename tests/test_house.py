@@ -14,28 +14,41 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from fewer import papers
 from fewer.report import charts
 from fewer.study.recording import read_record
+from house import ROOT
 
 SOURCE = ROOT / "src" / "fewer"
-ROOMS = ("papers", "errors", "study", "meters", "data", "tasks", "report", "scaffold", "doctor", "cli")
+ROOMS = (
+    "papers", "errors", "plain", "quantities", "checks", "files", "inputs", "devices", "fitting", "study", "meters", "data", "tasks",
+    "report", "scaffold", "doctor", "cli",
+)  # fmt: skip
 AREAS = tuple(folder.name for folder in SOURCE.iterdir() if folder.is_dir() and folder.name not in ROOMS and folder.name != "__pycache__")
 FILES = sorted(file for file in SOURCE.rglob("*.py"))
 
+LIGHT = {"errors", "plain", "quantities", "papers", "checks", "files", "inputs", "devices"}  # rooms of a file each, for everybody
 ALLOWED = {  # a room -> the rooms that it may import, besides itself
     "errors": set(),
-    "papers": {"errors"},
-    "meters": {"errors"},
-    "data": {"errors", "papers"},
-    "tasks": {"errors", "data", "meters"},
-    "study": {"errors", "papers", "meters"},
-    "report": {"errors", "papers", "study", "meters", "doctor"},
-    "scaffold": {"errors", "papers"},
-    "doctor": {"errors", "papers", "study", "meters", "data"},
+    "plain": set(),
+    "quantities": set(),
+    "papers": {"errors", "plain"},
+    "checks": {"papers"},
+    "files": set(),
+    "inputs": set(),
+    "devices": {"errors"},
+    "meters": LIGHT,
+    "fitting": {*LIGHT, "meters"},
+    "data": LIGHT,
+    "tasks": {*LIGHT, "data", "meters", "fitting"},
+    "study": {*LIGHT, "meters"},
+    "report": {*LIGHT, "study", "meters", "doctor"},
+    "scaffold": LIGHT,
+    "doctor": {*LIGHT, "study", "meters", "data"},
     "cli": set(ROOMS),
 }
+NEVER = {"training", "checks", "comparison", "files", "model_files", "networks", "baselines", "toolchain", "utils", "helpers", "misc"}
+MOST_FILES, MOST_LINES = 10, 1300  # of a method: .py files at a level, lines in all
 
 
 def imported(file: Path) -> set[str]:
@@ -64,7 +77,7 @@ def test_who_may_import_whom(file):
         if room in ALLOWED:
             assert target == room or target in ALLOWED[room], f"{room} may not import {module}"
         elif room in AREAS:
-            assert target in {"errors", "meters", "tasks", "data", *AREAS} or (
+            assert target in {*LIGHT, "meters", "tasks", "data", "fitting", *AREAS} or (
                 target == "study" and file.name in ("study.py", "bench.py")
             ), f"{file.name} of a method may not import {module}"
             other_method = target in AREAS and module.split(".")[:2] != list(file.relative_to(SOURCE).parts[:2])
@@ -105,6 +118,7 @@ def import_seconds(module: str) -> tuple[float, set[str]]:
     return int(last.split("|")[1]) / 1e6, set(done.stdout.split())
 
 
+@pytest.mark.alone
 def test_importing_the_house_is_quick_and_loads_nothing_heavy():
     runs = [(import_seconds("fewer"), import_seconds("numpy")) for _ in range(3)]
     ours = statistics.median(seconds for (seconds, _), _ in runs)
@@ -128,6 +142,30 @@ def test_a_method_has_all_its_parts(card):
     for text in (card.summary, card.when_not, card.costs):
         assert text.endswith("."), f"one sentence, ended by a full stop: {text!r}"
     assert importlib.import_module(card.package).__doc__
+
+
+@pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.slug)
+def test_a_methods_folder_has_the_fixed_shape(card):
+    folder = SOURCE / card.area / card.slug.replace("-", "_")
+    assert (folder / "__init__.pyi").exists()
+    assert not NEVER & {each.stem for each in folder.iterdir()}, "these are rooms of the house or of the area"
+    for level in {file.parent for file in folder.rglob("*.py")}:
+        assert len(list(level.glob("*.py"))) <= MOST_FILES, f"{level.name} has more than ten files"
+    lines = sum(len(file.read_text().splitlines()) for file in folder.rglob("*.py"))
+    assert lines <= MOST_LINES or card.large, f"{lines} lines: move what others need into a room, or say on the card why (`large`)"
+
+
+@pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.slug)
+def test_no_circles_inside_a_methods_folder(card):
+    folder = SOURCE / card.area / card.slug.replace("-", "_")
+    prefix = ".".join(folder.relative_to(SOURCE).parts)
+    arrows = {}
+    for file in folder.rglob("*.py"):
+        name = ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        arrows[name] = {module for module in imported(file) if module.startswith(f"{prefix}.")}
+    while leaf := next((name for name, targets in arrows.items() if not targets & set(arrows) - {name}), None):
+        del arrows[leaf]
+    assert not arrows, f"these import one another: {', '.join(sorted(arrows))}"
 
 
 @pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.slug)

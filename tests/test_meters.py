@@ -29,6 +29,7 @@ def busy(cpu_seconds: float) -> None:
         pass
 
 
+@pytest.mark.alone
 def test_processor_seconds_of_a_busy_loop():
     with meters.measure(energy=False) as cost:
         busy(0.2)
@@ -218,6 +219,7 @@ def test_an_unknown_country_is_one_clear_line(monkeypatch):
         _ = Energy(joules=1.0, source="rapl").co2e_kg
 
 
+@pytest.mark.alone
 def test_a_meter_costs_less_than_two_percent_of_a_section_of_two_seconds():
     """The processor time that is not the section's own: at its two ends, and in threads beside it. Pairs of runs would show the noise."""
 

@@ -12,12 +12,12 @@ import msgspec
 import pytest
 from guessing.study import study as guessing
 
-from conftest import ROOT
 from fewer import papers
 from fewer.report import charts
 from fewer.report.page import write_report
 from fewer.report.serve import server
 from fewer.study import Bars, Curve, Difference, Figure, LocalEngine, RaceOutcome, Store, Tradeoff, make_record, plan, run
+from house import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

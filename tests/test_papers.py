@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from conftest import ROOT
 from fewer import papers
 from fewer.errors import UserError
+from house import ROOT
 
 WHOLE = (ROOT / "tests" / "outside" / "src" / "guessing" / "paper.toml").read_text()
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from conftest import ROOT
 from fewer import papers
 from fewer.quantities import show, show_change
 from fewer.report.readme import methods_table
 from fewer.report.terminal import CardsTable, card_view, races_table, run_view, sparkline
 from fewer.study import LocalEngine, RaceOutcome, Store, make_record, plan, run
+from house import ROOT
 
 
 @pytest.fixture(scope="module")

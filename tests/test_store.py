@@ -18,13 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import command, command_environment
 from fewer.errors import UserError
 from fewer.study import RaceOutcome, Scale, Store
 from fewer.study.export import export
 from fewer.study.recording import Record
 from fewer.study.store import APPLICATION_ID, MIGRATIONS
 from fewer.study.trial import FigureEvent, FinishedEvent, TrialSpec
+from house import command, command_environment
 
 KILLS = 30
 
@@ -174,6 +174,7 @@ def integrity(path):
     return found, done
 
 
+@pytest.mark.alone
 def test_thirty_kills_leave_a_whole_store_with_every_finished_trial_and_the_run_completes(outside, tmp_path):
     """Every other kill comes at any moment from the start, the others at any moment from the first finished trial."""
     path = tmp_path / "fewer-runs" / "store.sqlite"

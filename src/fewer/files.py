@@ -96,13 +96,13 @@ def made_whole(path: str | Path, overwrite: bool = False, *, inputs: Iterable[st
             written = sorted(str(each.relative_to(part)) for each in part.rglob("*"))
             (part / MARKER).write_text(json.dumps({"written by": "fewer", "files": written}, indent=1) + "\n", encoding="utf8")
             check_new(directory, overwrite, inputs=inputs, option=option)  # somebody may have written there meanwhile
-            _swap(part, directory)
+            swap_in(part, directory)
         finally:
             discard(part)
 
 
-def _swap(new: Path, target: Path) -> None:
-    """`new` takes the place of `target`; what stood there goes last, and comes back where that fails."""
+def swap_in(new: Path, target: Path) -> None:
+    """`new` takes the place of `target`, which must be fewer's own; what stood there goes last, and comes back where that fails."""
     if not target.exists():
         new.rename(target)
         return

@@ -18,11 +18,11 @@ from sklearn.metrics import log_loss
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import ROOT
 from fewer.forward_only import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
 from fewer.forward_only.backprop_free_mlps.layer_training import BLOCK, LayerTrainer, set_projection_gradient
 from fewer.forward_only.backprop_free_mlps.training import EarlyStopping
 from fewer.meters import counting, tensor_memory
+from house import ROOT
 
 SHORT = MonoForwardConfig(lr=3e-3, epochs_per_layer=3, batch_size=100, patience=2)
 

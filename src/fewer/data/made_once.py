@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from fewer.data.fetching import cache_folder, checksum
+from fewer.files import swap_in
 
 WEIGHTS = "model.safetensors"
 
@@ -51,6 +51,5 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             part.mkdir(exist_ok=True)
             make(part)
             (part / "DONE").write_text(checksum(part / WEIGHTS))
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
+            swap_in(part, folder)
     return folder

@@ -37,6 +37,9 @@ def fetch_smollm2() -> Path:
     return made_once(cache_folder() / "models" / "smollm2-135m", lambda part: _rebuild(obtain(SMOLLM2)[GGUF], part))
 
 
+SAFE: Any = {"trust_remote_code": False, "local_files_only": True}
+
+
 def _rebuild(gguf: Path, folder: Path) -> None:
     """Write the weights of a GGUF file as a plain Llama directory.
 
@@ -45,8 +48,8 @@ def _rebuild(gguf: Path, folder: Path) -> None:
     from fewer.errors import require
 
     transformers = require("transformers", "language")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **SAFE)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32", **SAFE)
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +29,27 @@ def put_back(modules: Iterable[nn.Module], states: Iterable[dict[str, Tensor]]) 
     """Load kept states."""
     for module, state in zip(modules, states, strict=True):
         module.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode, each part given its own mode back at the end.
+
+    >>> layer = nn.Dropout()
+    >>> with evaluating(layer):
+    ...     layer.training
+    False
+    >>> layer.training
+    True
+    """
+    parts = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in parts:
+            part.training = training
 
 
 class LastState:

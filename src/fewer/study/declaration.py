@@ -159,7 +159,8 @@ class Study:
 
         It is built once before the first trial (so that data are fetched, and trouble with them is told, once) and again, from what is
         cached by then, in each trial's own process. What is costly to make belongs into `fewer.tasks`, which caches it on disk.
-        Test data belong into the attribute `test`: while settings are tuned it is sealed.
+        Test data belong into the attribute `test`: while settings are tuned it is sealed. A ValueError or OSError, where the user has set
+        an option, is told in one line: it is about the user's own file.
         """
         self._task = function
         return function
@@ -169,7 +170,14 @@ class Study:
         if self._task is None:
             return None
         asked = inspect.signature(self._task).parameters
-        return self._task(scale, **{name: settings[name] for name in self.options if name in asked and name in settings})
+        given = {name: settings[name] for name in self.options if name in asked and name in settings}
+        try:
+            return self._task(scale, **given)
+        except (ValueError, OSError) as error:
+            set_by_user = [name for name, value in given.items() if value != self.options[name].default]
+            if not set_by_user:
+                raise
+            raise UserError(f"--set {', '.join(f'{name}={given[name]}' for name in set_by_user)}: {error}") from error
 
     def arm(
         self,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -13,7 +10,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from fewer.diffusion import EMS, estimate_ems
 from fewer.diffusion._shared import NoiseSchedule, as_epsilon
 
-sys.path.insert(0, str(Path(__file__).parent))  # for exact_flows, whatever the import mode
 VP = NoiseSchedule.from_diffusers(DDPMScheduler())
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from fewer.checks import check_positive, check_whole
-from fewer.fitting.states import copy_of, put_back
+from fewer.fitting.states import copy_of, evaluating, put_back
 
 
 class Epoch(NamedTuple):
@@ -86,19 +85,6 @@ class Schedule:
         check_whole(epochs=self.epochs, validate_every=self.validate_every)
         check_whole(optional=["patience"], patience=self.patience)
         check_positive(lr=self.lr)
-
-
-@contextlib.contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in eval mode, each part given its own mode back at the end."""
-    parts = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, training in parts:
-            part.training = training
 
 
 def train(

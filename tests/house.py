@@ -1,0 +1,45 @@
+"""What tests import: the repository's root, and the command line in this process or as words for a fresh one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WORDS = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}  # wide plain text
+
+
+def in_this_process(*words: str) -> subprocess.CompletedProcess[str]:
+    """`fewer WORDS` as the entry point runs it, its streams caught."""
+    from fewer import papers
+    from fewer.cli import main
+
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, signal.getsignal(signal.SIGTERM))
+    papers._catalogue.cache_clear()
+    try:
+        sys.argv = ["fewer", *words]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 0
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGTERM, before[1])
+        papers._catalogue.cache_clear()
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def command(*words: str) -> list[str]:
+    """`fewer WORDS` with this interpreter."""
+    return [sys.executable, "-m", "fewer", *words]
+
+
+def command_environment(outside: Path, **environment: str) -> dict[str, str]:
+    """The environment of a command that sees this checkout and the outside package, and writes wide plain text."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(outside)))} | WORDS | environment
