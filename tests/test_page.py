@@ -16,7 +16,7 @@ from fewer import papers
 from fewer.report import charts
 from fewer.report.page import write_report
 from fewer.report.serve import server
-from fewer.study import Bars, Curve, Difference, Figure, LocalEngine, RaceOutcome, Store, Tradeoff, make_record, plan, run
+from fewer.study import Bars, Curve, Difference, Figure, Groups, LocalEngine, RaceOutcome, Store, Tradeoff, make_record, plan, run
 from house import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -50,6 +50,36 @@ def record(tmp_path_factory):
         Curve("absent", over="size"),
     ]
     return msgspec.structs.replace(made, shown=shown, charts=declared)
+
+
+def test_a_curve_keeps_points_that_not_every_seed_has_and_says_so(record):
+    figures = record.figures | {"error": {"mean": [({"size": 1}, [0.5, 0.4, 0.3]), ({"size": 2}, [0.2]), ({"size": 4}, [None, 0.1, 0.3])]}}
+    partial, declared = msgspec.structs.replace(record, figures=figures), Curve("error", over="size")
+    _, rows = charts.table(partial, declared)
+    assert [row[-1] for row in rows] == ["3 of 3", "1 of 3", "2 of 3"]
+    assert "fewer seeds" in charts.note(partial, declared)
+    assert charts.note(record, declared) == ""
+    assert charts.svg(charts.chart(partial, declared)).startswith("<svg")
+
+
+def test_categories_are_drawn_a_row_each(record):
+    figures = record.figures | {
+        "loss": {arm: [({"network": name}, [1.0, 2.0]) for name in ("small", "large")] for arm in ("median", "mean")}
+    }
+    grouped, declared = msgspec.structs.replace(record, figures=figures), Groups("loss", over="network", log=True)
+    assert charts.title(grouped, declared) == "loss by network"
+    columns, rows = charts.table(grouped, declared)
+    assert columns[0] == "network"
+    assert [row[0] for row in rows] == ["small", "small", "large", "large"]
+    picture = charts.svg(charts.chart(grouped, declared))
+    assert "small" in picture
+    assert "large" in picture
+
+
+def test_claims_speak_of_figures_in_their_labels_words(record):
+    said = " ".join(measured.what for claim in record.claims for measured in claim.ours)
+    assert "_" not in said
+    assert "the mean" in said, "an arm by its label"
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +213,11 @@ def test_the_catalogue_filters_by_area_and_words_from_the_keyboard(site, browser
     page.get_by_role("button", name="all areas").click()
     page.get_by_role("searchbox").fill("few many")
     assert shown() == ["guessing"]
+    page.get_by_label("saves").select_option("samples")
+    page.get_by_label("applies to").select_option("numbers")
+    assert shown() == ["guessing"]
+    page.get_by_role("searchbox").fill("")
+    assert shown() == ["guessing", "other"]
     assert page.complaints == []
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fewer.quantities import show, show_change
 from fewer.report.terminal import seed_values
-from fewer.study.figures import Bars, Chart, Curve, Difference, Figure, Tradeoff
+from fewer.study.figures import Bars, Chart, Curve, Difference, Figure, Groups, Tradeoff
 from fewer.study.recording import Record
 from fewer.study.results import NotTestable
 
@@ -43,6 +43,8 @@ def chart(record: Record, declaration: Chart) -> altair.TopLevelMixin | None:
             drawn = _bars(record, declaration)
         case Difference():
             drawn = _difference(record, declaration)
+        case Groups():
+            drawn = _groups(record, declaration)
         case Tradeoff():
             drawn = _tradeoff(record, declaration)
     return None if drawn is None else _styled(drawn)
@@ -59,6 +61,8 @@ def title(record: Record, declaration: Chart) -> str:
             return "Relative to the arm each is held against"
         case Difference(figure=figure):
             return f"{_label(record, figure)}: difference to the arm each is held against"
+        case Groups(figure=figure, over=over):
+            return f"{_label(record, figure)} by {over.replace('_', ' ')}"
         case Tradeoff(quality=quality, cost=cost):
             return f"{_label(record, quality)} against {_label(record, cost)}"
 
@@ -69,10 +73,10 @@ def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]
         case Curve(over=over, figure=figure):
             unit = _figure(record, figure, of_curve=True).unit
             rows = [
-                [p["arm"], f"{p['at']:g}", show(p["mean"], unit), show(p["low"], unit), show(p["high"], unit)]
+                [p["arm"], f"{p['at']:g}", show(p["mean"], unit), show(p["low"], unit), show(p["high"], unit), p["seeds"]]
                 for p in _curve_points(record, declaration)
             ]
-            return ["arm", over, "mean", "lowest", "highest"], rows
+            return ["arm", over, "mean", "lowest", "highest", "seeds"], rows
         case Bars():
             return ["arm", "figure", "ratio"], [[p["arm"], p["figure"], f"{p['ratio']:.3g}"] for p in _ratios(record, declaration)]
         case Difference(figure=figure):
@@ -82,6 +86,12 @@ def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]
                 [p["arm"], p["against"], show_change(p["value"], unit), f"{show_change(p['low'], unit)} to {show_change(p['high'], unit)}"]
                 for p in points
             ]
+        case Groups(figure=figure, over=over):
+            unit = _figure(record, figure, of_curve=True).unit
+            return [over, "arm", "mean", "lowest", "highest"], [
+                [p["category"], p["arm"], show(p["mean"], unit), show(p["low"], unit), show(p["high"], unit)]
+                for p in _group_points(record, declaration)
+            ]
         case Tradeoff(quality=quality, cost=cost):
             points = _tradeoff_points(record, declaration)
             rows = [
@@ -89,6 +99,13 @@ def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]
                 for p in points
             ]
             return ["arm", _label(record, quality), _label(record, cost), "front"], rows
+
+
+def note(record: Record, declaration: Chart) -> str:
+    """What a reader must know of the chart's points: that some are not of every seed."""
+    if isinstance(declaration, Curve) and any(point["partial"] for point in _curve_points(record, declaration)):
+        return "Hollow points are of fewer seeds than the others: not every seed got there."
+    return ""
 
 
 def svg(drawn: altair.TopLevelMixin) -> str:
@@ -112,7 +129,7 @@ def png(drawn: altair.TopLevelMixin, file: Path) -> None:
 
 
 def _curve_points(record: Record, declaration: Curve) -> list[dict[str, Any]]:
-    """A point an arm and coordinate: mean, lowest and highest over seeds; only coordinates that every seed reached, so that a mean is of all."""
+    """A point an arm and coordinate: mean, lowest and highest over the seeds that have it, and how many of them do."""
     results, points = record.results(), []
     for name, arm in record.arms.items():
         if not results.has(declaration.figure, name):
@@ -121,12 +138,13 @@ def _curve_points(record: Record, declaration: Curve) -> list[dict[str, Any]]:
         seeds = max((len(by_seed) for by_seed in curve.values()), default=0)
         axis = results.curve(declaration.x, name) if declaration.x and results.has(declaration.x, name) else None
         for key, by_seed in curve.items():
-            values = np.array(list(by_seed.values()))
-            if len(values) < seeds or np.isnan(values).any():
+            values = np.array([value for value in by_seed.values() if not np.isnan(value)])
+            if not len(values):
                 continue
             at = float(dict(key)[declaration.over])
             x = float(np.mean(list(axis[key].values()))) if axis is not None and key in axis else at
-            points.append({"arm": arm.label, "at": at, "x": x, "mean": values.mean(), "low": values.min(), "high": values.max()})
+            point = {"arm": arm.label, "at": at, "x": x, "mean": values.mean(), "low": values.min(), "high": values.max()}
+            points.append(point | {"seeds": f"{len(values)} of {seeds}", "partial": len(values) < seeds})
     return sorted(points, key=lambda point: (point["arm"], point["at"]))
 
 
@@ -149,7 +167,11 @@ def _curve(record: Record, declaration: Curve) -> Any:
     line = base.mark_line(strokeWidth=2).encode(
         y=alt.Y("mean:Q", scale=y_scale), strokeDash=_dashes(record, {point["arm"] for point in points})
     )
-    ends = base.mark_point(filled=True, size=30).encode(y=alt.Y("mean:Q", scale=y_scale))
+    ends = base.mark_point(size=30, opacity=1).encode(
+        y=alt.Y("mean:Q", scale=y_scale),
+        fillOpacity=alt.condition("datum.partial", alt.value(0), alt.value(1)),
+        fill=_colours(record, set(), legend=False),
+    )
     return (band + line + ends).properties(width=WIDTH + LABELS - 40, height=300)
 
 
@@ -259,6 +281,47 @@ def _difference(record: Record, declaration: Difference) -> Any:
     return (zero + spread + dots + text).properties(width=WIDTH, height=(ROW + 10) * len(rows))
 
 
+# Categories
+
+
+def _group_points(record: Record, declaration: Groups) -> list[dict[str, Any]]:
+    """A point a category and arm: mean, lowest and highest over seeds."""
+    results, points = record.results(), []
+    for name, arm in record.arms.items():
+        if not results.has(declaration.figure, name):
+            continue
+        for key, by_seed in results.curve(declaration.figure, name).items():
+            at, values = dict(key), np.array([value for value in by_seed.values() if not np.isnan(value)])
+            if declaration.over in at and len(values) and all(at.get(axis) == value for axis, value in declaration.at.items()):
+                spread = {"mean": values.mean(), "low": values.min(), "high": values.max()}
+                points.append({"category": str(at[declaration.over]), "arm": arm.label} | spread)
+    order = list(dict.fromkeys(point["category"] for point in points))
+    return sorted(points, key=lambda point: order.index(point["category"]))
+
+
+def _groups(record: Record, declaration: Groups) -> Any:
+    import altair as alt
+
+    points = _group_points(record, declaration)
+    if not points:
+        return None
+    figure = _figure(record, declaration.figure, of_curve=True)
+    values = _in_unit(points, figure, "mean", "low", "high")
+    log = declaration.log and min(value["low"] for value in values) > 0
+    domain = [min(value["low"] for value in values) / 1.5, max(value["high"] for value in values) * 1.5]
+    x = {
+        "title": _axis_title(record, figure.name, of_curve=True),
+        "scale": alt.Scale(type="log", domain=domain, nice=False) if log else alt.Scale(zero=False, padding=20),
+        "axis": alt.Axis(format="~g", values=_log_ticks(*domain)) if log else alt.Axis(tickCount=6),
+    }
+    present = {point["arm"] for point in points}
+    categories = list(dict.fromkeys(point["category"] for point in points))
+    base = alt.Chart(alt.Data(values=values)).encode(y=_arm_axis(categories, "category"), color=_colours(record, present))
+    spread = base.mark_rule(strokeWidth=4, opacity=0.45).encode(x=alt.X("low:Q", **x), x2="high:Q")
+    dots = base.mark_point(filled=True, size=90, opacity=1).encode(x=alt.X("mean:Q", **x))
+    return (spread + dots).properties(width=WIDTH, height=ROW * len(categories))
+
+
 # Quality against cost
 
 
@@ -344,11 +407,11 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low <= tick <= high]
 
 
-def _arm_axis(arms: list[str]) -> Any:
+def _arm_axis(arms: list[str], name: str = "arm") -> Any:
     import altair as alt
 
     return alt.Y(
-        "arm:N",
+        f"{name}:N",
         sort=arms,
         title=None,
         axis=alt.Axis(labelLimit=LABELS, ticks=False, domain=False, minExtent=LABELS + SLACK, labelPadding=8),

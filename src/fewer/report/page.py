@@ -29,7 +29,13 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
     environment = _templates()
     with made_whole(folder, overwrite=True) as part:
         (part / "methods").mkdir()
-        index = environment.get_template("index.html").render(entries=entries, areas=sorted({card.area for card, _ in entries}), root="")
+        index = environment.get_template("index.html").render(
+            entries=entries,
+            areas=sorted({card.area for card, _ in entries}),
+            saves=sorted({word for card, _ in entries for word in card.saves}),
+            applies_to=sorted({word for card, _ in entries for word in card.applies_to}),
+            root="",
+        )
         (part / "index.html").write_text(index, encoding="utf8")
         template = environment.get_template("method.html")
         for card, record in entries:
@@ -72,7 +78,13 @@ def _drawn(record: Record | None) -> list[dict[str, Any]]:
         columns, rows = charts.table(record, declaration)
         picture = charts.chart(record, declaration)
         drawn.append(
-            {"title": charts.title(record, declaration), "svg": charts.svg(picture) if picture else "", "columns": columns, "rows": rows}
+            {
+                "title": charts.title(record, declaration),
+                "note": charts.note(record, declaration),
+                "svg": charts.svg(picture) if picture else "",
+                "columns": columns,
+                "rows": rows,
+            }
         )
     return drawn
 

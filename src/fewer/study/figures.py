@@ -61,6 +61,23 @@ class Difference(msgspec.Struct, frozen=True, tag="difference"):
     title: str = ""
 
 
+class Groups(msgspec.Struct, frozen=True, tag="groups"):
+    """A figure over categories (networks, data sets): a row a category, a point an arm with its spread over seeds.
+
+    Args:
+        figure: its name.
+        over: the coordinate whose values are the categories, in the order in which they come.
+        log: a logarithmic axis.
+        at: further coordinates that a point must have.
+    """
+
+    figure: str
+    over: str
+    log: bool = False
+    title: str = ""
+    at: dict[str, Any] = {}
+
+
 class Tradeoff(msgspec.Struct, frozen=True, tag="tradeoff"):
     """Quality against cost, one point an arm, the Pareto front marked."""
 
@@ -70,4 +87,4 @@ class Tradeoff(msgspec.Struct, frozen=True, tag="tradeoff"):
     title: str = ""
 
 
-Chart = Curve | Bars | Difference | Tradeoff
+Chart = Curve | Bars | Difference | Groups | Tradeoff

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,7 @@ class Results:
         arms: every arm that the study declares.
         unfinished: arm -> why figures of it are missing ("was not run", "seed 1 timed out", ...).
         units: figure -> the unit that `say` tells it in.
+        names: figure or arm -> what estimates call it; where given, the others are told without underscores.
     """
 
     def __init__(
@@ -144,11 +146,13 @@ class Results:
         arms: Sequence[str],
         unfinished: dict[str, str] | None = None,
         units: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.rows = list(rows)
         self.arms = list(arms)
         self.unfinished = dict(unfinished or {})
         self.units = dict(units or {})
+        self.names = dict(names or {})
         self._values: dict[tuple[str, str], dict[Coordinates, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         for row in self.rows:
             self._values[row.figure, row.arm][coordinates_key(row.coordinates)][row.seed] = row.value
@@ -200,17 +204,32 @@ class Results:
             raise NotTestable(f"{arm} and {other} have no seed in common")
         return np.array([mine[seed] for seed in seeds]), np.array([theirs[seed] for seed in seeds])
 
+    def _named(self, name: str, coordinates: Mapping[str, Any] | None = None) -> str:
+        """A figure or an arm in words, with the coordinates at which it is asked for."""
+        word = self.names.get(name, re.sub("[._]", " ", name) if self.names else name)
+        return word + "".join(f" at {axis.replace('_', ' ')} {value}" for axis, value in (coordinates or {}).items())
+
     def mean(self, figure: str, arm: str, **coordinates: Any) -> Estimate:
         """The mean over seeds."""
-        return bootstrap(lambda a: a, self.values(figure, arm, **coordinates), what=f"{figure} of {arm}")
+        return bootstrap(
+            lambda a: a, self.values(figure, arm, **coordinates), what=f"{self._named(figure, coordinates)} of {self._named(arm)}"
+        )
 
     def ratio(self, figure: str, arm: str, other: str, **coordinates: Any) -> Estimate:
         """The mean of `arm` over the mean of `other`, paired by seed."""
-        return bootstrap(lambda a, b: a / b, *self._paired(figure, arm, other, coordinates), what=f"{figure}, {arm} / {other}")
+        return bootstrap(
+            lambda a, b: a / b,
+            *self._paired(figure, arm, other, coordinates),
+            what=f"{self._named(figure, coordinates)}, {self._named(arm)} / {self._named(other)}",
+        )
 
     def difference(self, figure: str, arm: str, other: str, **coordinates: Any) -> Estimate:
         """The mean of `arm` minus the mean of `other`, paired by seed."""
-        return bootstrap(lambda a, b: a - b, *self._paired(figure, arm, other, coordinates), what=f"{figure}, {arm} - {other}")
+        return bootstrap(
+            lambda a, b: a - b,
+            *self._paired(figure, arm, other, coordinates),
+            what=f"{self._named(figure, coordinates)}, {self._named(arm)} - {self._named(other)}",
+        )
 
     def no_worse(
         self, figure: str, arm: str, other: str, by: float, *, better: Literal["higher", "lower"] = "higher", **coordinates: Any
@@ -263,7 +282,7 @@ class Results:
     def area(self, figure: str, arm: str, *, over: str, **at: Any) -> Estimate:
         """The mean height of the figure's curve over a coordinate (trapezoids, divided by the coordinate's range)."""
         heights = [np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else y[0] for x, y in self._over(figure, arm, over, at).values()]
-        return bootstrap(lambda a: a, np.array(heights), what=f"mean {figure} of {arm} over {over}")
+        return bootstrap(lambda a: a, np.array(heights), what=f"mean {self._named(figure, at)} of {self._named(arm)} over {over}")
 
     def threshold(
         self, figure: str, arm: str, *, over: str, reach: float | str, better: Literal["higher", "lower"] = "higher", **at: Any
@@ -282,8 +301,12 @@ class Results:
         else:
             bars = dict.fromkeys(curves, reach)
         first = [next((x for x, y in zip(*curves[seed], strict=True) if met(y, bar)), math.inf) for seed, bar in bars.items()]
-        told = f"{reach}'s last" if isinstance(reach, str) else f"{reach:g}"
-        return bootstrap(lambda a: a, np.array(first, dtype=float), what=f"{over} at which {figure} of {arm} reaches {told}")
+        told = f"{self._named(reach)}'s last" if isinstance(reach, str) else f"{reach:g}"
+        return bootstrap(
+            lambda a: a,
+            np.array(first, dtype=float),
+            what=f"{over} at which {self._named(figure, at)} of {self._named(arm)} reaches {told}",
+        )
 
 
 def coordinates_key(coordinates: dict[str, Any]) -> Coordinates:

@@ -193,7 +193,10 @@ def gather(plan: Plan, store: Store, failed: Mapping[str, str] | None = None) ->
             why = (failed or {}).get(f"{spec.arm}, seed {spec.seed}", "has not run yet")
             unfinished[spec.arm] = f"seed {spec.seed}: {why.splitlines()[-1] if why else why}"
     units = {figure.name: figure.unit for figure in plan.study.figures}
-    results = Results(store.rows(plan.specs), list(plan.study.arms), unfinished, units)
+    names = {figure.name: figure.label for figure in plan.study.figures if not figure.at} | {
+        arm.name: arm.label for arm in plan.study.arms.values()
+    }
+    results = Results(store.rows(plan.specs), list(plan.study.arms), unfinished, units, names)
     environments = [trial.environment for trial in have.values()]
     now = environment()
     stale = sum(kept.get("commit") != now["commit"] for kept in environments)
