@@ -125,3 +125,10 @@ def test_a_step_whose_loss_is_not_finite_is_not_taken():
     with pytest.raises(FloatingPointError, match="the loss is nan in step 2"):
         fit_steps(torch.optim.SGD([weight], lr=0.5), lambda x: weight * x, [torch.tensor(1.0), torch.tensor(math.nan)], 4)
     assert weight.item() == 0.5
+
+
+def test_batches_that_end_too_early_are_told():
+    weight = nn.Parameter(torch.tensor(1.0))
+    for batches in ([], iter([torch.tensor(1.0)])):
+        with pytest.raises(ValueError, match="there are no batches left"):
+            fit_steps(torch.optim.SGD([weight], lr=0.5), lambda x: weight * x, batches, 4)

@@ -175,6 +175,25 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return counts
 
 
+class AreaVerbs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The verbs that the methods of an area share, as its `_shared/verbs.toml` states them."""
+
+    extra: Slug
+    commands: list[Verb]
+    slug: str = ""  # the area, filled in by the catalogue
+    package: str = ""  # where `command.py` lies, likewise
+
+
+def area_verbs() -> list[AreaVerbs]:
+    """The verbs of all areas that have some."""
+    found = []
+    for file in sorted(Path(__file__).parent.glob("*/_shared/verbs.toml")):
+        area = file.parts[-3]
+        fields = tomllib.loads(file.read_text(encoding="utf8"))
+        found.append(msgspec.convert(fields | {"slug": area, "package": f"fewer.{area}._shared"}, AreaVerbs))
+    return found
+
+
 def read_card(file: Path, package: str = "") -> Card:
     """The card in `file`; UserError naming the file and the field where it is not a card."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 BINARY = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+SMALL = 0.001  # a share below it is told by its digits
 DECIMAL = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -13,8 +14,8 @@ def show(value: float | None, unit: str = "") -> str:
 
     >>> show(0.8561, "%"), show(0.0852, "s"), show(123.4, "s"), show(123456789, "bytes"), show(2.5e9, "FLOP"), show(0.0, "J")
     ('85.6 %', '85.2 ms', '2 min 3 s', '118 MiB', '2.5 GFLOP', '0 J')
-    >>> show(float("nan"), "%")
-    'NaN'
+    >>> show(2.5e-5, "%"), show(float("nan"), "%")
+    ('0.0025 %', 'NaN')
     >>> show(None)
     '-'
     """
@@ -26,7 +27,7 @@ def show(value: float | None, unit: str = "") -> str:
         return "never" if value > 0 else "-∞"
     match unit:
         case "%":
-            return f"{100 * value:.1f} %"
+            return f"{100 * value:.1f} %" if value == 0 or abs(value) >= SMALL else f"{100 * value:.2g} %"
         case "s":
             return _seconds(value)
         case "bytes":

@@ -33,9 +33,9 @@ class Verbs(typer.core.TyperGroup):
 
 
 class MethodVerb(typer.core.TyperCommand):
-    """A method's verb: its help line stands on the card, the rest in the method's `command.py`."""
+    """A verb of a method or an area: its help line stands in TOML, the rest in `command.py`, which is imported when it is called."""
 
-    def __init__(self, card: papers.Card, verb: papers.Verb) -> None:
+    def __init__(self, card: papers.Card | papers.AreaVerbs, verb: papers.Verb) -> None:
         super().__init__(verb.name, help=verb.help, rich_help_panel="Verbs of the methods")
         self._card, self._name = card, verb.name
 
@@ -66,14 +66,14 @@ def told_plainly(invoke: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return invoke(*args, **kwargs)
-        except (ValueError, OSError) as mistake:
+        except (ValueError, OSError, FloatingPointError) as mistake:  # the last: a rate too high, and the message says so
             raise UserError(str(mistake)) from mistake
 
     return call
 
 
 def method_verbs() -> dict[str, click.Command]:
-    return {verb.name: MethodVerb(card, verb) for card in papers.cards() for verb in card.commands}
+    return {verb.name: MethodVerb(source, verb) for source in (*papers.cards(), *papers.area_verbs()) for verb in source.commands}
 
 
 app = typer.Typer(

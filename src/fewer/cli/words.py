@@ -54,7 +54,7 @@ def print_json(value: Any) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def import_method_part(card: papers.Card, part: str) -> Any:
+def import_method_part(card: papers.Card | papers.AreaVerbs, part: str) -> Any:
     """A module of a method; UserError where it is not there, raises, or wants an extra that is not installed."""
     from fewer.study.trial import import_part
 

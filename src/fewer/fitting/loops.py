@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -72,13 +71,14 @@ def fit_steps(
     Args:
         optimizer: updates its parameters.
         loss_of: a batch's loss, a scalar with a graph; a batch that is a tuple is unpacked.
-        batches: gone through again and again.
+        batches: gone through again and again, or an iterator with as many as there are steps.
         schedule: step (from 0) -> the factor on each group's learning rate.
         clip: the largest norm that the gradients together may have.
         tell: called with the step (from 1) and its loss.
 
     Raises:
         FloatingPointError: a loss is not finite; the state before that step is kept.
+        ValueError: the batches end too early.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.tensor(1.0))
@@ -89,7 +89,7 @@ def fit_steps(
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
-    for step, batch in zip(range(steps), itertools.chain.from_iterable(itertools.repeat(batches)), strict=False):
+    for step, batch in zip(range(steps), _round_and_round(batches), strict=False):
         loss = loss_of(*batch) if isinstance(batch, tuple) else loss_of(batch)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
@@ -108,6 +108,17 @@ def fit_steps(
             tell(step + 1, value)
     optimizer.zero_grad()
     return losses
+
+
+def _round_and_round(batches: Iterable[object]) -> Iterator[object]:
+    """The batches again and again; ValueError where a round has none."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("there are no batches left; expected at least one a round: give a list or a DataLoader instead of an iterator")
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ A chart is made from a record and the study's own declaration of it. Text and ax
 
 from __future__ import annotations
 
-import math
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +13,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewer.quantities import show, show_change
+from fewer.report.drawing import (
+    FONT,
+    INK,
+    LABELS,
+    ROW,
+    WIDTH,
+    arm_axis,
+    axis_title,
+    colours_of,
+    dashes_of,
+    figure_of,
+    in_unit,
+    label_of,
+    log_ticks,
+    styled,
+)
 from fewer.report.terminal import seed_values
-from fewer.study.figures import Bars, Chart, Curve, Difference, Figure, Groups, Tradeoff
+from fewer.study.figures import Bars, Chart, Curve, Difference, Groups, Tradeoff
 from fewer.study.recording import Record
 from fewer.study.results import NotTestable
 
 if TYPE_CHECKING:
     import altair
 
-INK = "#123456"  # stands for the page's own text colour
-# Okabe and Ito's colours without black and yellow, then Tol's: told apart by the colour-blind, seen on white and on black.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#AA4499", "#8C6BB1", "#7F7F7F")
-WIDTH, ROW, FONT = 270, 28, 14
-LABELS = 170  # pixels for an arm's name
-SLACK = 24  # more, as a browser's letters may be wider than those that the chart was laid out with
-WIDEST_FULL_TICKS = 100  # a logarithmic axis up to this ratio shows 1, 2 and 5 of each decade
 TITLE_WIDTH = 52  # characters of a panel's title
 FEW_TICKS = 9
 WIDE = 10  # ratios that span more than this are drawn on a logarithmic axis
@@ -47,7 +55,7 @@ def chart(record: Record, declaration: Chart) -> altair.TopLevelMixin | None:
             drawn = _groups(record, declaration)
         case Tradeoff():
             drawn = _tradeoff(record, declaration)
-    return None if drawn is None else _styled(drawn)
+    return None if drawn is None else styled(drawn)
 
 
 def title(record: Record, declaration: Chart) -> str:
@@ -56,22 +64,22 @@ def title(record: Record, declaration: Chart) -> str:
         return declaration.title
     match declaration:
         case Curve(figure=figure, over=over, x=x):
-            return f"{_label(record, figure)} over {_label(record, x or over)}"
+            return f"{label_of(record, figure)} over {label_of(record, x or over)}"
         case Bars():
             return "Relative to the arm each is held against"
         case Difference(figure=figure):
-            return f"{_label(record, figure)}: difference to the arm each is held against"
+            return f"{label_of(record, figure)}: difference to the arm each is held against"
         case Groups(figure=figure, over=over):
-            return f"{_label(record, figure)} by {over.replace('_', ' ')}"
+            return f"{label_of(record, figure)} by {over.replace('_', ' ')}"
         case Tradeoff(quality=quality, cost=cost):
-            return f"{_label(record, quality)} against {_label(record, cost)}"
+            return f"{label_of(record, quality)} against {label_of(record, cost)}"
 
 
 def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]]]:
     """The chart's data in words: column names and rows."""
     match declaration:
         case Curve(over=over, figure=figure):
-            unit = _figure(record, figure, of_curve=True).unit
+            unit = figure_of(record, figure, of_curve=True).unit
             rows = [
                 [p["arm"], f"{p['at']:g}", show(p["mean"], unit), show(p["low"], unit), show(p["high"], unit), p["seeds"]]
                 for p in _curve_points(record, declaration)
@@ -80,14 +88,14 @@ def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]
         case Bars():
             return ["arm", "figure", "ratio"], [[p["arm"], p["figure"], f"{p['ratio']:.3g}"] for p in _ratios(record, declaration)]
         case Difference(figure=figure):
-            unit = _figure(record, figure).unit
+            unit = figure_of(record, figure).unit
             points = _differences(record, declaration)
             return ["arm", "against", "difference", "95 % interval"], [
                 [p["arm"], p["against"], show_change(p["value"], unit), f"{show_change(p['low'], unit)} to {show_change(p['high'], unit)}"]
                 for p in points
             ]
         case Groups(figure=figure, over=over):
-            unit = _figure(record, figure, of_curve=True).unit
+            unit = figure_of(record, figure, of_curve=True).unit
             return [over, "arm", "mean", "lowest", "highest"], [
                 [p["category"], p["arm"], show(p["mean"], unit), show(p["low"], unit), show(p["high"], unit)]
                 for p in _group_points(record, declaration)
@@ -95,10 +103,10 @@ def table(record: Record, declaration: Chart) -> tuple[list[str], list[list[str]
         case Tradeoff(quality=quality, cost=cost):
             points = _tradeoff_points(record, declaration)
             rows = [
-                [p["arm"], show(p["quality"], _figure(record, quality).unit), show(p["cost"], _figure(record, cost).unit), p["front"]]
+                [p["arm"], show(p["quality"], figure_of(record, quality).unit), show(p["cost"], figure_of(record, cost).unit), p["front"]]
                 for p in points
             ]
-            return ["arm", _label(record, quality), _label(record, cost), "front"], rows
+            return ["arm", label_of(record, quality), label_of(record, cost), "front"], rows
 
 
 def note(record: Record, declaration: Chart) -> str:
@@ -154,23 +162,23 @@ def _curve(record: Record, declaration: Curve) -> Any:
     points = _curve_points(record, declaration)
     if not points:
         return None
-    figure = _figure(record, declaration.figure, of_curve=True)
+    figure = figure_of(record, declaration.figure, of_curve=True)
     y_scale = alt.Scale(type="log" if declaration.log else "linear", zero=False, nice=True)
-    x_title = _axis_title(record, declaration.x or declaration.over, of_curve=True)
-    base = alt.Chart(alt.Data(values=_in_unit(points, figure, "mean", "low", "high"))).encode(
+    x_title = axis_title(record, declaration.x or declaration.over, of_curve=True)
+    base = alt.Chart(alt.Data(values=in_unit(points, figure, "mean", "low", "high"))).encode(
         x=alt.X("x:Q", title=x_title, scale=alt.Scale(type="log" if declaration.log_x else "linear", zero=False), axis=_ticks(points)),
-        color=_colours(record, {point["arm"] for point in points}),
+        color=colours_of(record, {point["arm"] for point in points}),
     )
     band = base.mark_area(opacity=0.18).encode(
-        y=alt.Y("low:Q", scale=y_scale, title=_axis_title(record, declaration.figure, of_curve=True)), y2="high:Q"
+        y=alt.Y("low:Q", scale=y_scale, title=axis_title(record, declaration.figure, of_curve=True)), y2="high:Q"
     )
     line = base.mark_line(strokeWidth=2).encode(
-        y=alt.Y("mean:Q", scale=y_scale), strokeDash=_dashes(record, {point["arm"] for point in points})
+        y=alt.Y("mean:Q", scale=y_scale), strokeDash=dashes_of(record, {point["arm"] for point in points})
     )
     ends = base.mark_point(size=30, opacity=1).encode(
         y=alt.Y("mean:Q", scale=y_scale),
         fillOpacity=alt.condition("datum.partial", alt.value(0), alt.value(1)),
-        fill=_colours(record, set(), legend=False),
+        fill=colours_of(record, set(), legend=False),
     )
     return (band + line + ends).properties(width=WIDTH + LABELS - 40, height=300)
 
@@ -194,14 +202,14 @@ def _ratios(record: Record, declaration: Bars) -> list[dict[str, Any]]:
                 continue
             try:
                 ratio = (
-                    results.ratio(figure, name, arm.against, **_figure(record, figure).at).value
+                    results.ratio(figure, name, arm.against, **figure_of(record, figure).at).value
                     if results.has(figure, name) and results.has(figure, arm.against)
                     else np.nan
                 )
             except NotTestable:
                 continue
             if np.isfinite(ratio):
-                words = {"arm": arm.label, "against": record.arms[arm.against].label, "figure": _label(record, figure)}
+                words = {"arm": arm.label, "against": record.arms[arm.against].label, "figure": label_of(record, figure)}
                 rows.append(words | {"ratio": ratio, "text": f"{ratio:.2g}×", "text_at": max(ratio, 1.0)})
     return rows
 
@@ -219,20 +227,20 @@ def _bars(record: Record, declaration: Bars) -> Any:
     panels = []
     for figure in dict.fromkeys(row["figure"] for row in rows):
         own = [row for row in rows if row["figure"] == figure]
-        base = alt.Chart(alt.Data(values=own)).encode(y=_arm_axis([row["arm"] for row in own]))
+        base = alt.Chart(alt.Data(values=own)).encode(y=arm_axis([row["arm"] for row in own]))
         x = alt.X(
             "ratio:Q",
             title=None,
             scale=alt.Scale(type="log" if log else "linear", domain=domain, nice=False),
-            axis=alt.Axis(format="~g", values=_log_ticks(*domain)) if log else alt.Axis(format="~g", tickCount=5),
+            axis=alt.Axis(format="~g", values=log_ticks(*domain)) if log else alt.Axis(format="~g", tickCount=5),
         )
         dots = base.mark_point(filled=True, size=90, opacity=1).encode(
-            x=x, color=_colours(record, {row["arm"] for row in own}, legend=False)
+            x=x, color=colours_of(record, {row["arm"] for row in own}, legend=False)
         )
         stems = (
             base.transform_calculate(one="1")
             .mark_rule(strokeWidth=4, opacity=0.55)
-            .encode(x=x, x2="one:Q", color=_colours(record, set(), legend=False))
+            .encode(x=x, x2="one:Q", color=colours_of(record, set(), legend=False))
         )
         text = base.mark_text(align="left", dx=9, color=INK, fontSize=FONT).encode(x="text_at:Q", text="text:N")
         one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x=alt.X("one:Q"))
@@ -247,7 +255,7 @@ def _differences(record: Record, declaration: Difference) -> list[dict[str, Any]
         if arm.against not in record.arms or not results.has(declaration.figure, name) or not results.has(declaration.figure, arm.against):
             continue
         try:
-            estimate = results.difference(declaration.figure, name, arm.against, **_figure(record, declaration.figure).at)
+            estimate = results.difference(declaration.figure, name, arm.against, **figure_of(record, declaration.figure).at)
         except NotTestable:
             continue
         rows.append(
@@ -268,12 +276,12 @@ def _difference(record: Record, declaration: Difference) -> Any:
     rows = _differences(record, declaration)
     if not rows:
         return None
-    figure = _figure(record, declaration.figure)
+    figure = figure_of(record, declaration.figure)
     words = [row | {"text": show_change(row["value"], figure.unit)} for row in rows]
-    base = alt.Chart(alt.Data(values=_in_unit(words, figure, "value", "low", "high"))).encode(y=_arm_axis([row["arm"] for row in rows]))
+    base = alt.Chart(alt.Data(values=in_unit(words, figure, "value", "low", "high"))).encode(y=arm_axis([row["arm"] for row in rows]))
     points_unit = "percentage points" if figure.unit == "%" else figure.unit
     x_title = "difference" + (f" ({points_unit})" if points_unit else "")  # the chart's title says of what
-    colours = _colours(record, {row["arm"] for row in rows}, legend=False)
+    colours = colours_of(record, {row["arm"] for row in rows}, legend=False)
     spread = base.mark_rule(strokeWidth=4, opacity=0.45).encode(x=alt.X("low:Q", title=x_title), x2="high:Q", color=colours)
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(x="value:Q", color=colours)
     text = base.mark_text(dy=-11, color=INK, fontSize=FONT - 2).encode(x="value:Q", text="text:N")
@@ -305,18 +313,18 @@ def _groups(record: Record, declaration: Groups) -> Any:
     points = _group_points(record, declaration)
     if not points:
         return None
-    figure = _figure(record, declaration.figure, of_curve=True)
-    values = _in_unit(points, figure, "mean", "low", "high")
+    figure = figure_of(record, declaration.figure, of_curve=True)
+    values = in_unit(points, figure, "mean", "low", "high")
     log = declaration.log and min(value["low"] for value in values) > 0
     domain = [min(value["low"] for value in values) / 1.5, max(value["high"] for value in values) * 1.5]
     x = {
-        "title": _axis_title(record, figure.name, of_curve=True),
+        "title": axis_title(record, figure.name, of_curve=True),
         "scale": alt.Scale(type="log", domain=domain, nice=False) if log else alt.Scale(zero=False, padding=20),
-        "axis": alt.Axis(format="~g", values=_log_ticks(*domain)) if log else alt.Axis(tickCount=6),
+        "axis": alt.Axis(format="~g", values=log_ticks(*domain)) if log else alt.Axis(tickCount=6),
     }
     present = {point["arm"] for point in points}
     categories = list(dict.fromkeys(point["category"] for point in points))
-    base = alt.Chart(alt.Data(values=values)).encode(y=_arm_axis(categories, "category"), color=_colours(record, present))
+    base = alt.Chart(alt.Data(values=values)).encode(y=arm_axis(categories, "category"), color=colours_of(record, present))
     spread = base.mark_rule(strokeWidth=4, opacity=0.45).encode(x=alt.X("low:Q", **x), x2="high:Q")
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(x=alt.X("mean:Q", **x))
     return (spread + dots).properties(width=WIDTH, height=ROW * len(categories))
@@ -327,7 +335,7 @@ def _groups(record: Record, declaration: Groups) -> Any:
 
 def _tradeoff_points(record: Record, declaration: Tradeoff) -> list[dict[str, Any]]:
     """A point an arm, told whether it stands on the Pareto front (no other arm is at least as good in both and better in one)."""
-    quality, cost = _figure(record, declaration.quality), _figure(record, declaration.cost)
+    quality, cost = figure_of(record, declaration.quality), figure_of(record, declaration.cost)
     results, points = record.results(), []
     for name, arm in record.arms.items():
         q, c = seed_values(results, quality, name), seed_values(results, cost, name)
@@ -348,110 +356,21 @@ def _tradeoff(record: Record, declaration: Tradeoff) -> Any:
     points = _tradeoff_points(record, declaration)
     if not points:
         return None
-    quality, cost = _figure(record, declaration.quality), _figure(record, declaration.cost)
-    values = _in_unit(_in_unit(points, quality, "quality"), cost, "cost")
+    quality, cost = figure_of(record, declaration.quality), figure_of(record, declaration.cost)
+    values = in_unit(in_unit(points, quality, "quality"), cost, "cost")
     costs = [value["cost"] for value in values]
     log = declaration.log and min(costs) > 0
     domain = [min(costs) / 1.5, max(costs) * 1.5]
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X(
             "cost:Q",
-            title=_axis_title(record, cost.name),
+            title=axis_title(record, cost.name),
             scale=alt.Scale(type="log", domain=domain, nice=False) if log else alt.Scale(zero=False, padding=25),
-            axis=alt.Axis(format="~g", values=_log_ticks(*domain)) if log else alt.Axis(),
+            axis=alt.Axis(format="~g", values=log_ticks(*domain)) if log else alt.Axis(),
         ),
-        y=alt.Y("quality:Q", title=_axis_title(record, quality.name), scale=alt.Scale(zero=False, padding=20)),
+        y=alt.Y("quality:Q", title=axis_title(record, quality.name), scale=alt.Scale(zero=False, padding=20)),
     )
     front = base.transform_filter("datum.front != ''").mark_line(color=INK, strokeDash=[4, 3], opacity=0.7, interpolate="step-after")
     rings = base.transform_filter("datum.front != ''").mark_point(size=260, color=INK, strokeWidth=1.5)
-    dots = base.mark_point(filled=True, size=110, opacity=1).encode(color=_colours(record, {point["arm"] for point in points}))
+    dots = base.mark_point(filled=True, size=110, opacity=1).encode(color=colours_of(record, {point["arm"] for point in points}))
     return (front + rings + dots).properties(width=WIDTH + LABELS - 40, height=300)
-
-
-# Shared
-
-
-def _figure(record: Record, name: str, *, of_curve: bool = False) -> Figure:
-    """The figure of that name; of several the first, or, for a curve, the one that is not tied to one of its points."""
-    named = [figure for figure in record.shown if figure.name == name]
-    if of_curve:
-        named.sort(key=lambda figure: bool(figure.at))
-    return named[0] if named else Figure(name, name.replace("_", " ").replace(".", " "), better="")
-
-
-def _label(record: Record, name: str) -> str:
-    return _figure(record, name).label
-
-
-def _axis_title(record: Record, name: str, *, of_curve: bool = False) -> str:
-    figure = _figure(record, name, of_curve=of_curve)
-    unit = "MiB" if figure.unit == "bytes" else figure.unit
-    return f"{figure.label} ({unit})" if unit else figure.label
-
-
-def _in_unit(rows: list[dict[str, Any]], figure: Figure, *names: str) -> list[dict[str, Any]]:
-    """Rows with these values as the axis shows them: fractions in per cent, bytes in MiB."""
-    factor = {"%": 100.0, "bytes": 2.0**-20}.get(figure.unit, 1.0)
-    return [row | {name: row[name] * factor for name in names} for row in rows]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... between two values; over more than two decades the powers of ten alone.
-
-    >>> _log_ticks(0.15, 12), _log_ticks(0.5, 2000)
-    ([0.2, 0.5, 1.0, 2.0, 5.0, 10.0], [1.0, 10.0, 100.0, 1000.0])
-    """
-    steps = (1, 2, 5) if high / low <= WIDEST_FULL_TICKS else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{step}e{power}") for power in powers for step in steps]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-def _arm_axis(arms: list[str], name: str = "arm") -> Any:
-    import altair as alt
-
-    return alt.Y(
-        f"{name}:N",
-        sort=arms,
-        title=None,
-        axis=alt.Axis(labelLimit=LABELS, ticks=False, domain=False, minExtent=LABELS + SLACK, labelPadding=8),
-    )
-
-
-def _colours(record: Record, present: set[str], *, legend: bool = True) -> Any:
-    """The same colour for an arm in every chart."""
-    import altair as alt
-
-    labels = [arm.label for arm in record.arms.values()]
-    colours = [PALETTE[i % len(PALETTE)] for i in range(len(labels))]
-    shown = (
-        alt.Legend(
-            title=None, orient="bottom", columns=2, columnPadding=24, values=[label for label in labels if label in present], labelLimit=260
-        )
-        if legend
-        else None
-    )
-    return alt.Color("arm:N", scale=alt.Scale(domain=labels, range=colours), legend=shown)
-
-
-def _dashes(record: Record, present: set[str]) -> Any:
-    """Dashed lines for the arms that others are held against."""
-    import altair as alt
-
-    held = {arm.against for arm in record.arms.values()}
-    labels = [arm.label for arm in record.arms.values()]
-    dashes = [[6, 3] if name in held else [1, 0] for name in record.arms]
-    return alt.StrokeDash("arm:N", scale=alt.Scale(domain=labels, range=dashes), legend=None)
-
-
-def _styled(drawn: Any) -> Any:
-    """One look for all: no background, text and axes in the stand-in colour."""
-    text = {"labelColor": INK, "titleColor": INK, "labelFontSize": FONT, "titleFontSize": FONT, "titleFontWeight": "normal"}
-    return drawn.configure(
-        background="transparent",
-        font="sans-serif",
-        axis=text | {"gridColor": INK, "gridOpacity": 0.12, "domainColor": INK, "domainOpacity": 0.4, "tickColor": INK, "tickOpacity": 0.4},
-        legend=text | {"symbolSize": 110, "symbolOpacity": 1},
-        title={"color": INK, "fontSize": FONT, "anchor": "start", "fontWeight": "bold"},
-        view={"stroke": None},
-    )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fewer.language._shared.lm_command import MANY, lm
+from fewer.language._shared.command import MANY
 
 
 def prune(
@@ -77,4 +77,4 @@ def prune(
     print(f"written to {out_dir}")
 
 
-COMMANDS = {"prune": prune, "lm": lm}
+COMMANDS = {"prune": prune}

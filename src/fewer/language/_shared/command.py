@@ -95,3 +95,6 @@ def clear_lm() -> None:
     folder = cache_folder() / "lm"
     discard(folder)
     print(f"removed {folder}")
+
+
+COMMANDS = {"lm": lm}
