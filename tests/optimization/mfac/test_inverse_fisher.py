@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewer.optimization import InverseFisher
-from fewer.optimization.mfac.sliding_factor import factorise
+from fewer.optimization.mfac.window.factor import factorise
 
 METHODS = ["cholesky", "recursion"]
 
@@ -133,7 +133,7 @@ def test_finite_gradients_whose_sum_overflows_are_taken():
         (lambda: InverseFisher(torch.ones(2, 2), damping=float("nan")), "damping is nan"),
         (lambda: InverseFisher(torch.ones(2, 2), block_size=0), "block_size is 0; expected a whole number of at least 1"),
         (lambda: InverseFisher(torch.ones(2, 2), chunk=0), "chunk is 0"),
-        (lambda: InverseFisher(torch.ones(2, 2), method="lu"), "method is 'lu'; expected 'cholesky' or 'recursion'"),
+        (lambda: InverseFisher(torch.ones(2, 2), method="lu"), "method is 'lu'; expected one of cholesky, recursion"),
         (lambda: InverseFisher(torch.ones(2, 2)) @ torch.ones(3), r"x is \(3,\).*expected a floating-point tensor \[2\] or \[2, k\]"),
         (lambda: InverseFisher(torch.ones(2, 2)).element(0, 2), r"index 2 is out of range; expected 0..1"),
         (lambda: InverseFisher(torch.ones(2, 2)).element(-1, 0), r"index -1 is out of range"),

@@ -11,7 +11,7 @@ import pytest
 
 CODE = """
 import torch
-from fewer.optimization.mfac.triton_kernels import fused_products
+from fewer.optimization.mfac.window.kernels import fused_products
 
 draw = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):

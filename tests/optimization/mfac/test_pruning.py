@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -251,7 +254,7 @@ def failing_loader():
         ({"num_grads": 0}, ValueError, "num_grads is 0"),
         ({"damping": 0.0}, ValueError, "damping is 0.0"),
         ({"block_size": 0}, ValueError, "block_size is 0"),
-        ({"update": "both"}, ValueError, "update is 'both'; expected 'independent' or 'joint'"),
+        ({"update": "both"}, ValueError, "update is 'both'; expected one of independent, joint"),
         ({"recompute": 0}, ValueError, "recompute is 0"),
         ({"names": ["body.9.weight"]}, ValueError, "the module has no parameter 'body.9.weight'"),
         ({"loader": failing_loader()}, OSError, "the disk is gone"),
@@ -281,3 +284,137 @@ def test_gradients_of_other_weights_are_refused(net):
         collect_gradients(nn.LayerNorm(3), nn.functional.cross_entropy, loader(), 5)
     with pytest.raises(ValueError, match=r"amount is 1.5; expected a fraction in \[0, 1\)"):
         MFACPruning(1.5)
+
+
+# A pruned model is a model like any other
+
+
+class Tied(nn.Module):
+    """Two layers, one of them at two places by its parameter, the other by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def vectors(number: int = 40, dtype: torch.dtype = torch.int64) -> list:
+    draw = torch.Generator().manual_seed(0)
+    return [(torch.randn(1, 4, generator=draw), torch.randint(3, (1,), generator=draw).to(dtype)) for _ in range(number)]
+
+
+def train_on(model: nn.Module, steps: int = 5) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x, y in vectors(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model(torch.ones(1, 4))
+
+
+def test_weights_of_tied_modules_do_not_grow_back():
+    torch.manual_seed(0)
+    model = Tied()
+    report = prune_module(model, nn.functional.cross_entropy, vectors(), 0.5, 40)
+    assert report.weights == 28  # the tied ones once
+    assert model.a.weight_orig is model.b.weight_orig
+    dropped = model.a.weight == 0
+    assert torch.equal(model.b.weight == 0, dropped)
+    train_on(model)
+    for layer in (model.a, model.b):
+        assert torch.equal(layer.weight == 0, dropped)
+        prune.remove(layer, "weight")
+    assert model.a.weight is model.b.weight
+    assert torch.equal(model.a.weight == 0, dropped)
+
+
+def test_what_was_pruned_at_one_of_two_places_stays_dropped_at_both():
+    torch.manual_seed(0)
+    model = Tied()
+    prune.l1_unstructured(model.b, "weight", 0.5)
+    first = model.b.weight_mask == 0
+    prune_module(model, nn.functional.cross_entropy, vectors(), 0.6, 40)
+    train_on(model)
+    assert bool((model.a.weight[first] == 0).all())
+    assert torch.equal(model.a.weight == 0, model.b.weight == 0)
+
+
+def test_two_parameters_on_one_memory_are_refused():
+    model = Tied()
+    model.b.weight = nn.Parameter(model.a.weight.data)
+    with pytest.raises(ValueError, match=r"a.weight and b.weight are two parameters on one memory; expected one: tie them"):
+        prune_module(model, nn.functional.cross_entropy, vectors(), 0.5, 40)
+
+
+@pytest.mark.parametrize("state", ["fresh", "trained", "pruned again"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_pruned_model_is_copied_and_pickled(state, duplicate):
+    torch.manual_seed(0)
+    model = Tied()
+    prune_module(model, nn.functional.cross_entropy, vectors(), 0.5, 40)
+    if state != "fresh":
+        train_on(model)
+    if state == "pruned again":
+        prune_module(model, nn.functional.cross_entropy, vectors(), 0.7, 40)
+    other, x = duplicate(model), torch.ones(2, 4)
+    assert torch.equal(other(x), model(x))
+    assert other.a.weight_orig is other.b.weight_orig
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    train_on(other)
+    assert torch.equal(other.a.weight == 0, model.a.weight == 0)
+    assert not torch.equal(other.c.weight, model.c.weight)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    layer = nn.Linear(2, 2)
+    MFACPruning.apply(layer, "weight", 0.5, importance_scores=torch.tensor([[3.0, 1.0], [2.0, 4.0]]))
+    assert torch.equal(duplicate(layer)(x[:, :2]), layer(x[:, :2]))
+
+
+def test_a_penalty_on_the_masked_weight_reaches_the_weights():
+    torch.manual_seed(0)
+    model = Tied()
+    prune_module(model, nn.functional.cross_entropy, vectors(), 0.5, 40)
+    model(torch.ones(1, 4))
+    assert type(model.c.weight * 2) is torch.Tensor
+    (gradient,) = torch.autograd.grad(model.c.weight.square().sum(), model.c.weight_orig)
+    assert torch.equal(gradient != 0, model.c.weight_mask != 0)
+
+
+def test_the_same_names_prune_again(net):
+    names = ["body.5.weight", "body.0.weight"]
+    for sparsity in (0.5, 0.8):
+        report = prune_module(net, nn.functional.cross_entropy, loader(), sparsity, 40, names=names)
+        assert report.dropped == round(sparsity * 468)
+        assert list(report.per_parameter) == names
+    assert int((net.body[5].weight == 0).sum() + (net.body[0].weight == 0).sum()) == report.dropped
+    assert len(net.body[5]._forward_pre_hooks) == 1
+    grads = collect_gradients(net, nn.functional.cross_entropy, loader(), 40, names=names)
+    assert obs_scores(net, grads, names=names).keys() == {"body.5.weight_orig", "body.0.weight_orig"}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_class_numbers_may_be_of_any_integer_type(dtype):
+    torch.manual_seed(0)
+    model = Tied()
+    expected = collect_gradients(model, nn.functional.cross_entropy, vectors(), 8)
+    assert torch.equal(collect_gradients(model, nn.functional.cross_entropy, vectors(dtype=dtype), 8), expected)
+    pairs = [(torch.cat([x, x]), torch.cat([y, y])) for x, y in vectors(8, dtype)]
+    collect_gradients(model, nn.functional.cross_entropy, pairs, 8)
+
+
+def test_a_loader_without_batches_is_said():
+    with pytest.raises(ValueError, match="the loader gave 0 batches; expected at least num_grads=4"):
+        prune_module(Tied(), nn.functional.cross_entropy, DataLoader(TensorDataset(torch.zeros(0, 4))), 0.5, 4)
+
+
+def test_gradients_and_weights_need_not_be_contiguous_or_of_one_dtype():
+    torch.manual_seed(0)
+    model = Tied()
+    model.c.weight = nn.Parameter(torch.randn(4, 3).T)
+    model.c.double()
+    model.b.register_forward_hook(lambda layer, given, output: output.double())
+    report = prune_module(model, lambda output, y: nn.functional.cross_entropy(output.float(), y), vectors(), 0.5, 40)
+    assert report.dropped == 14
+    assert (model.a.weight_orig.dtype, model.c.weight_orig.dtype) == (torch.float32, torch.float64)

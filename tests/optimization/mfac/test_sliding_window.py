@@ -8,8 +8,8 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from fewer.optimization import InverseFisher, SlidingInverseFisher
-from fewer.optimization.mfac.row_products import combination, row_products
-from fewer.optimization.mfac.sliding_factor import factorise
+from fewer.optimization.mfac.window.factor import factorise
+from fewer.optimization.mfac.window.row_products import combination, row_products
 
 M, D = 8, 40
 
@@ -50,7 +50,7 @@ def test_the_updated_factor_is_that_of_a_factorisation_at_every_push():
 
 
 def test_it_refactors_every_m_replacements_and_not_in_between(monkeypatch):
-    from fewer.optimization.mfac import sliding_window
+    from fewer.optimization.mfac.window import sliding_window
 
     calls = []
     monkeypatch.setattr(sliding_window, "factorise", lambda matrix, floor: (calls.append(1), factorise(matrix, floor))[1])

@@ -14,7 +14,7 @@ from fewer.optimization.mfac.inverse_fisher import InverseFisher
 from fewer.optimization.mfac.networks import resnet20
 from fewer.optimization.mfac.optimizer import MFAC
 from fewer.optimization.mfac.recursion import precompute
-from fewer.optimization.mfac.sliding_window import SlidingInverseFisher
+from fewer.optimization.mfac.window.sliding_window import SlidingInverseFisher
 from fewer.study import Bench
 
 bench = Bench("mfac")

@@ -21,7 +21,7 @@ from fewer.optimization.mfac.gradients import collect_gradients, flatten, split_
 from fewer.optimization.mfac.inverse_fisher import InverseFisher
 from fewer.optimization.mfac.obs import independent_update, joint_update, saliency
 from fewer.optimization.mfac.optimizer import MFAC
-from fewer.optimization.mfac.sliding_window import SlidingInverseFisher
+from fewer.optimization.mfac.window.sliding_window import SlidingInverseFisher
 
 Pair = tuple[Tensor, Tensor]
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)

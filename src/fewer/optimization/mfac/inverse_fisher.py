@@ -18,11 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fewer.optimization.mfac.checks import check_damping, check_gradients, check_length, check_whole
+from fewer.checks import check_choice, check_positive, check_whole
+from fewer.optimization.mfac.gradients import check_gradients, check_length, wide
 from fewer.optimization.mfac.recursion import Recursion
-from fewer.optimization.mfac.sliding_factor import factorise, too_close_to_singular
+from fewer.optimization.mfac.window.factor import factorise, too_close_to_singular
 
 ROWS = 64  # of a symmetric product that are multiplied at a time
+METHODS = ("cholesky", "recursion")
 PIECE = 1 << 21  # entries in float64 at a time: 16 MB, which the allocator hands out again and caches hold in part
 
 
@@ -153,7 +155,7 @@ class InverseFisher:
         grads: float tensor [m, d], a flattened gradient per row. Kept, not copied: leave it unchanged.
         damping: lambda > 0, in the unit of a squared gradient.
         block_size: b, consecutive weights that F couples; None couples all (b = d).
-        method: "cholesky" (one factor per block, in float64), or "recursion" (the paper's, in the gradients' dtype).
+        method: "cholesky" (one factor per block, in float64), or "recursion" (the paper's, in the gradients' dtype, float32 at least).
         chunk: columns of G that are converted to float64 at a time.
 
     Attributes:
@@ -186,14 +188,12 @@ class InverseFisher:
         chunk: int = 65536,
     ) -> None:
         check_gradients(grads)
-        check_damping(damping)
-        check_whole("chunk", chunk)
+        check_positive(damping=damping)
+        check_choice(METHODS, method=method)
         self.m, self.d = grads.shape
         self.damping, self.grads = float(damping), grads.detach()
         self.block_size = self.d if block_size is None else block_size
-        check_whole("block_size", self.block_size)
-        if method not in ("cholesky", "recursion"):
-            raise ValueError(f"method is {method!r}; expected 'cholesky' or 'recursion'")
+        check_whole(chunk=chunk, block_size=self.block_size)
         parts = split_blocks(self.grads, min(self.block_size, self.d))
         with torch.no_grad():
             self._parts: list[BlockInverse] = [self._inverse(part, method, chunk) for part in parts]
@@ -208,7 +208,7 @@ class InverseFisher:
 
     @torch.no_grad()
     def __matmul__(self, x: Float[Tensor, "d"] | Float[Tensor, "d k"]) -> Tensor:
-        """F^{-1} x for a vector [d] or columns [d, k], in x's dtype; O(d m) a column.
+        """F^{-1} x for a vector [d] or columns [d, k], in x's dtype, float32 at least; O(d m) a column.
 
         Raises:
             ValueError: x has another length.
@@ -219,7 +219,7 @@ class InverseFisher:
             part.product(columns[start:end].unflatten(0, shape)).flatten(0, 1)
             for part, shape, start, end in zip(self._parts, self._shapes, self._ends[:-1], self._ends[1:], strict=True)
         ]
-        return torch.cat(done).to(x.dtype).view(x.shape)
+        return torch.cat(done).to(wide(x.dtype)).view(x.shape)
 
     def solve(self, right: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """F^{-1} X for many right-hand sides at once, by matrix products; the same as `self @ X`."""
@@ -227,8 +227,8 @@ class InverseFisher:
 
     @torch.no_grad()
     def diagonal(self) -> Float[Tensor, "d"]:
-        """The diagonal of F^{-1}, in the gradients' dtype; O(d m^2) by the factor, O(d m) by the recursion."""
-        return torch.cat([part.diagonal().flatten() for part in self._parts]).to(self.grads.dtype)
+        """The diagonal of F^{-1}, in the gradients' dtype, float32 at least; O(d m^2) by the factor, O(d m) by the recursion."""
+        return torch.cat([part.diagonal().flatten() for part in self._parts]).to(wide(self.grads.dtype))
 
     @torch.no_grad()
     def element(self, i: int, j: int) -> float:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from fewer.optimization.mfac.gradients import split_like
-from fewer.optimization.mfac.sliding_window import SlidingInverseFisher
+from fewer.optimization.mfac.gradients import split_like, wide
+from fewer.optimization.mfac.window.sliding_window import SlidingInverseFisher
 
 WINDOWS = "windows"  # where the state dict keeps them
 
@@ -172,7 +172,7 @@ class MFAC(Optimizer):
                     f"{self._name(parameter)} has no gradient in the first step; expected one for every parameter: leave out what is not trained"
                 )
             g = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            g = g.to_dense() if g.is_sparse else g
+            g = (g.to_dense() if g.is_sparse else g).to(wide(g.dtype))
             if group["weight_decay"]:
                 g = g.add(parameter, alpha=group["weight_decay"])
             pieces.append(g.flatten().to(part.window.device))
@@ -197,12 +197,12 @@ class MFAC(Optimizer):
                 )
 
     def _move(self, part: _Part, u: Tensor) -> None:
-        """v <- beta v + (1 - beta) u, w <- w - lr v."""
+        """v <- beta v + (1 - beta) u, w <- w - lr v; v is float32 at least, as 16 bits would not hold u where the damping is small."""
         entries = self._parameters(part)
         for (group, parameter), piece in zip(entries, split_like(u, [parameter for _, parameter in entries]), strict=True):
-            v = piece.to(parameter.device, parameter.dtype)
+            v = piece.to(parameter.device, wide(parameter.dtype))
             if beta := group["momentum"]:
-                held = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                held = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(v))
                 v = held.mul_(beta).add_(v, alpha=1 - beta)
             parameter.add_(v, alpha=-group["lr"])
 
@@ -235,11 +235,20 @@ class MFAC(Optimizer):
             if (part.kept is None) != (held["kept"] is None):
                 raise ValueError("the state and this optimizer differ in `sparse`; build it with the state's own first")
         super().load_state_dict(state_dict)
+        self._keep_buffers(state_dict)
         for part, held in zip(self._parts, windows, strict=True):
             part.window.load_state_dict(held)
             if part.kept is not None:
                 part.kept = held["kept"].to(part.kept.device)
         self._steps = state_dict["steps"]
+
+    def _keep_buffers(self, state_dict: dict[str, Any]) -> None:
+        """Momentum as it was saved: torch rounds what it loads to the parameters' dtype."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch's own state with the windows."""

@@ -5,19 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from fewer.optimization.mfac.checks import check_whole
+from fewer.checks import check_choice, check_whole
 from fewer.optimization.mfac.gradients import Batch, Loss, chosen_parameters, collect_gradients, flatten, split_like
 from fewer.optimization.mfac.inverse_fisher import InverseFisher
 from fewer.optimization.mfac.obs import independent_update, joint_update, loss_increase, saliency
 
 Update = Literal["independent", "joint"]
+UPDATES = ("independent", "joint")
+
+
+class MaskedWeight(Tensor):
+    """weight_orig * mask, which torch.nn.utils.prune leaves in a layer as `weight`, and which can be copied and pickled.
+
+    It hangs on a graph, and torch copies no such tensor, so a pruned model could be neither copied nor pickled. A copy of this one is its
+    values alone: the next forward pass of the copied layer makes its own. Whatever is computed from it is a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType] - as Parameter has it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), self.detach().clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().clone().__reduce_ex__(protocol)
+
+
+class KeptMask(prune.CustomFromMask):
+    """A given mask, on a layer that can still be copied."""
+
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        return super().apply_mask(module).as_subclass(MaskedWeight)
 
 
 class MFACPruning(prune.BasePruningMethod):
@@ -46,7 +70,7 @@ class MFACPruning(prune.BasePruningMethod):
         if isinstance(amount, float):
             check_sparsity(amount, "amount")
         else:
-            check_whole("amount", amount, least=0)
+            check_whole(least=0, amount=amount)
         self.amount = amount
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -57,6 +81,10 @@ class MFACPruning(prune.BasePruningMethod):
         mask = default_mask.clone(memory_format=torch.contiguous_format)
         mask.view(-1)[t.flatten().topk(number, largest=False).indices] = 0
         return mask
+
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        """The masked weight, as one that can be copied."""
+        return super().apply_mask(module).as_subclass(MaskedWeight)
 
     @classmethod
     def apply(cls, module: nn.Module, name: str, amount: float | int, importance_scores: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch's own subclasses narrow it so too
@@ -111,7 +139,7 @@ def obs_scores(
     *,
     names: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """rho_i = w_i^2 / (2 [F^{-1}]_ii) for every weight, in the weights' shapes, by parameter name.
+    """rho_i = w_i^2 / (2 [F^{-1}]_ii) for every weight, in the weights' shapes, float32 at least, by parameter name.
 
     Args:
         module: trained.
@@ -156,8 +184,9 @@ def prune_module(
     """Drop the fraction `sparsity` of the module's weights, in place, and let the others make up for it.
 
     The dropped weights become exactly 0 and stay so: masks are left as `torch.nn.utils.prune` keeps them (`weight_orig`,
-    `weight_mask`), so the module can be trained on; `prune.remove(layer, "weight")` makes it permanent. What was pruned before counts
-    as dropped and stays dropped. An error leaves the module as it was.
+    `weight_mask`), so the module can be trained on, copied and pickled; `prune.remove(layer, "weight")` makes it permanent. A parameter
+    that stands at several places is masked at each. What was pruned before counts as dropped and stays dropped. Sums and updates are
+    float32 at least whatever the weights are. An error leaves the module as it was.
 
     Args:
         module: trained.
@@ -170,7 +199,7 @@ def prune_module(
         update: "independent" (the released rule: single-weight updates added up, which ignores that dropped weights are correlated),
             or "joint" (exact for the set dropped; not in the paper).
         recompute: r, steps in which the sparsity is reached, each with fresh gradients.
-        names: parameters to prune; default the weight matrices, no biases and no norms.
+        names: parameters to prune, by the names they had before any pruning too; default the weight matrices, no biases and no norms.
 
     Raises:
         ValueError: a setting out of range, or the loader is shorter than num_grads.
@@ -185,12 +214,12 @@ def prune_module(
     """
     started = time.perf_counter()
     check_sparsity(sparsity)
-    check_whole("recompute", recompute)
-    if update not in ("independent", "joint"):
-        raise ValueError(f"update is {update!r}; expected 'independent' or 'joint'")
+    check_whole(recompute=recompute)
+    check_choice(UPDATES, update=update)
     parameters = chosen_parameters(module, names)
     tensors = list(parameters.values())
-    before, alive = flatten(tensors), _alive(module, parameters)
+    places = [places_of(module, parameter) for parameter in tensors]
+    before, alive = flatten(tensors), _alive(tensors, places)
     after, steps, increase = before * alive, [], 0.0
     try:
         for target in sparsity_steps(sparsity, recompute):
@@ -205,12 +234,41 @@ def prune_module(
         raise
     _write(tensors, after)
     masks = split_like(alive, tensors)
-    for name, parameter, mask in zip(parameters, tensors, masks, strict=True):
-        owner, _, attribute = name.removesuffix("_orig").rpartition(".")
-        prune.custom_from_mask(module.get_submodule(owner), attribute, mask.to(parameter.dtype))
+    for parameter, mask, held in zip(tensors, masks, places, strict=True):
+        for place in held:
+            place.put(mask.to(parameter.dtype))
     dropped = int((~alive).sum())
     shares = {name.removesuffix("_orig"): 1 - float(mask.float().mean()) for name, mask in zip(parameters, masks, strict=True)}
     return PruneReport(dropped / len(alive), dropped, len(alive), shares, tuple(steps), increase, time.perf_counter() - started)
+
+
+class Place(NamedTuple):
+    """Where a parameter stands: a layer, and the name there, as torch.nn.utils.prune says it (without its "_orig")."""
+
+    layer: nn.Module
+    attribute: str
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What was pruned there before."""
+        return self.layer._buffers.get(f"{self.attribute}_mask")
+
+    def put(self, mask: Tensor) -> None:
+        """Prune by a mask, in place of what was pruned before."""
+        if self.mask is not None:
+            prune.remove(self.layer, self.attribute)
+        KeptMask.apply(self.layer, self.attribute, mask=mask)
+
+
+def places_of(module: nn.Module, parameter: nn.Parameter) -> list[Place]:
+    """All places of a parameter: several where modules are tied. A mask at one of them alone would let the weights grow back at the others."""
+    found = []
+    for layer in module.modules():
+        for name, held in layer._parameters.items():
+            if held is parameter:
+                plain = name.removesuffix("_orig")
+                found.append(Place(layer, plain if f"{plain}_mask" in layer._buffers else name))
+    return found
 
 
 def _one_step(
@@ -230,16 +288,13 @@ def _one_step(
     return torch.where(stays, delta, -weights), stays
 
 
-def _alive(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Tensor:
-    """Which weights no earlier pruning has masked."""
-    buffers = dict(module.named_buffers())
-    masks = [
-        buffers.get(name.removesuffix("_orig") + "_mask", torch.ones_like(parameter))
-        if name.endswith("_orig")
-        else torch.ones_like(parameter)
-        for name, parameter in parameters.items()
-    ]
-    return flatten(masks).bool()
+def _alive(parameters: Sequence[nn.Parameter], places: Sequence[Sequence[Place]]) -> Tensor:
+    """Which weights no earlier pruning has masked, at none of their places."""
+    kept = []
+    for parameter, held in zip(parameters, places, strict=True):
+        masks = [place.mask.bool() for place in held if place.mask is not None]
+        kept.append(torch.stack([torch.ones_like(parameter, dtype=torch.bool), *masks]).all(0))
+    return flatten(kept).bool()
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
     v_k = g_k / lambda - sum_{j<k} v_j (v_j . g_k) / c_j         c_k = m + g_k . v_k
     F^{-1} x = x / lambda - sum_k v_k (v_k . x) / c_k            [F^{-1}]_ij = [i = j] / lambda - sum_k V_ki V_kj / c_k
 
-It works in the gradients' own dtype. It is the reference that the factor is held against, and what the factor is raced with.
+It works in the gradients' own dtype, float32 at least. It is the reference that the factor is held against, and what the factor is raced with.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from fewer.optimization.mfac.gradients import wide
 
 
 def precompute(grads: Float[Tensor, "blocks m b"], damping: float) -> tuple[Float[Tensor, "blocks m b"], Float[Tensor, "blocks m"]]:
@@ -51,7 +53,7 @@ class Recursion:
 
     def __init__(self, grads: Float[Tensor, "blocks m b"], damping: float, chunk: int) -> None:
         self.damping = damping
-        self.v, self.c = precompute(grads, damping)
+        self.v, self.c = precompute(grads.to(wide(grads.dtype)), damping)
 
     def product(self, x: Float[Tensor, "blocks b k"]) -> Float[Tensor, "blocks b k"]:
         """F^{-1} x, O(d m) a column."""

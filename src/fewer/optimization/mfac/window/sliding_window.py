@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch import distributed as dist
 
-from fewer.optimization.mfac.checks import check_damping, check_length, check_memory, check_whole
-from fewer.optimization.mfac.row_products import combination, put_row, row_products
-from fewer.optimization.mfac.sliding_factor import as_factor, factorise, last_column_of_inverse, replace_oldest, solve
+from fewer.checks import check_choice, check_positive, check_whole
+from fewer.optimization.mfac.gradients import check_length, check_memory, wide
+from fewer.optimization.mfac.window.factor import as_factor, factorise, last_column_of_inverse, replace_oldest, solve
+from fewer.optimization.mfac.window.row_products import combination, put_row, row_products
 
 STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -68,11 +69,9 @@ class SlidingInverseFisher:
         warm_window: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check_whole("window", window)
-        check_whole("dim", dim)
-        check_damping(damping)
-        if storage_dtype not in STORAGE:
-            raise ValueError(f"storage_dtype is {storage_dtype}; expected one of {', '.join(map(str, STORAGE))}")
+        check_whole(window=window, dim=dim)
+        check_positive(damping=damping)
+        check_choice(STORAGE, storage_dtype=storage_dtype)
         self.window, self.dim, self.damping, self.warm_window = window, dim, float(damping), warm_window
         self.device = torch.device(device or "cpu")
         self.process_group = process_group
@@ -124,7 +123,7 @@ class SlidingInverseFisher:
 
     @torch.no_grad()
     def __matmul__(self, x: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
-        """F^{-1} x, in x's dtype, on `device`.
+        """F^{-1} x, in x's dtype, float32 at least, on `device`.
 
         Raises:
             ValueError: x has another length.
@@ -132,7 +131,7 @@ class SlidingInverseFisher:
         check_length(x, self.dim)
         weights = solve(self._upper, self._sum_over_group(row_products(self._grads, x))[self._by_age()])
         rest = x.detach().to(self._grads.device).double() - self._combine(weights)
-        return rest.div_(self.damping).to(self.device, x.dtype)
+        return rest.div_(self.damping).to(self.device, wide(x.dtype))
 
     @torch.no_grad()
     def push_and_apply(self, g: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
@@ -142,7 +141,7 @@ class SlidingInverseFisher:
             ValueError, FloatingPointError: as `push`.
         """
         self.push(g)
-        return self._combine(self.m * last_column_of_inverse(self._upper), g.dtype).to(self.device)
+        return self._combine(self.m * last_column_of_inverse(self._upper), wide(g.dtype)).to(self.device)
 
     def _combine(self, weights: Float[Tensor, "m"], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d"]:
         """G^T y for weights by age."""

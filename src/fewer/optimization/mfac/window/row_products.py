@@ -37,7 +37,7 @@ def row_products(grads: Float[Tensor, "m d"], x: Float[Tensor, "d"]) -> Float[Te
         _over_tiles(lambda tile: _products_of_tile(rows, vector, tile, width, partial), grads)
         return torch.from_numpy(partial.sum(0))
     if _in_triton(grads):
-        from fewer.optimization.mfac.triton_kernels import fused_products
+        from fewer.optimization.mfac.window.kernels import fused_products
 
         return fused_products(grads, x=x)[0].cpu()
     total = torch.zeros(len(grads), dtype=torch.float64, device=grads.device)
@@ -59,7 +59,7 @@ def combination(grads: Float[Tensor, "m d"], y: Float[Tensor, "m"], dtype: torch
         _over_tiles(lambda tile: _combine_tile(rows, weights, tile, width, out), grads)
         return torch.from_numpy(out).to(dtype)
     if _in_triton(grads):
-        from fewer.optimization.mfac.triton_kernels import fused_products
+        from fewer.optimization.mfac.window.kernels import fused_products
 
         return fused_products(grads, y=y)[1].to(dtype)
     weights = y.to(grads.device, torch.float64)
