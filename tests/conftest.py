@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from house import ROOT, WORDS, command, command_environment, in_this_process
+from house import ROOT, WORDS, command, command_environment, in_this_process, install
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -27,21 +27,7 @@ os.environ.setdefault("FEWER_DATA", str(ROOT / ".." / "shared" / "data"))
 @pytest.fixture(scope="session")
 def outside(tmp_path_factory):
     """The folder into which the tiny outside package `guessing` has been installed."""
-    target = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-qq",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(target),
-        str(ROOT / "tests" / "outside"),
-    ]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": ""})
-    return target
+    return install(ROOT / "tests" / "outside", tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture

@@ -43,3 +43,10 @@ def command(*words: str) -> list[str]:
 def command_environment(outside: Path, **environment: str) -> dict[str, str]:
     """The environment of a command that sees this checkout and the outside package, and writes wide plain text."""
     return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(outside)))} | WORDS | environment
+
+
+def install(project: Path, target: Path) -> Path:
+    """A package installed into a folder of its own, without what it needs and without a network."""
+    words = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--target", str(target), str(project)]
+    subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": ""})
+    return target

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from house import ROOT, command, command_environment
+from house import ROOT, command, command_environment, install
 
 STORE = "fewer-runs/store.sqlite"
 
@@ -202,20 +202,7 @@ def test_new_lays_out_a_package_whose_tests_pass_and_whose_study_runs(fewer, out
     )
     ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "lazy"]
     subprocess.run(ruff, cwd=tmp_path, env=environment, check=True)
-    site = tmp_path / "site"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-qq",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(site),
-        str(tmp_path / "lazy"),
-    ]
-    subprocess.run(install, check=True)
+    site = install(tmp_path / "lazy", tmp_path / "site")
     done = fewer("run", "lazy-sort", "--seeds", "1", PYTHONPATH=str(site))
     assert "✓ holds" in done.stdout
     assert "is there already" in fewer("new", "lazy-sort", "--outside", "lazy", status=2).stderr
@@ -227,9 +214,7 @@ def test_record_writes_the_file_on_a_clean_commit_and_refuses_a_dirty_tree(fewer
     git = ["git", "-C", str(project), "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "begin"]):
         subprocess.run([*git, *words], check=True)
-    site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--target", str(site), str(project)]
-    subprocess.run(install, check=True)
+    site = install(project, tmp_path / "site")
     environment = {"PYTHONPATH": f"{project / 'src'}{os.pathsep}{site}", "PYTHONDONTWRITEBYTECODE": "1"}
     fewer("record", "lazy-sort", **environment)
     record = json.loads((project / "src" / "lazy_sort" / "record.json").read_text())

@@ -14,34 +14,15 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
+from small_mixture import ENDS, typical
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fewer.diffusion._shared.peers import PEERS, by_diffusers, by_heun, errors_after, solve_by
 from fewer.diffusion._shared.pipelines import GUIDANCE, open_pipeline
-from fewer.diffusion._shared.problems import exact_ends, mixture_flow, random_mixture
+from fewer.diffusion._shared.problems import exact_ends
 from fewer.diffusion._shared.spacing import noise_levels
 
-ENDS = 20.0, 0.02
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("FEWER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return random_mixture(4, 3)
-
-
-@pytest.fixture
-def noise():
-    return ENDS[0] * torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-@pytest.fixture
-def flow(mixture):
-    return mixture_flow(mixture, *ENDS)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 class Counted:
@@ -53,11 +34,6 @@ class Counted:
     def __call__(self, x, sigma):
         self.calls += 1
         return self.denoise(x, sigma)
-
-
-def typical(a, b) -> float:
-    """The median point's error: the mean is that of the few points near the border of two components."""
-    return float((a - b).norm(dim=1).median())
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "heun"])

@@ -143,12 +143,22 @@ def _arrived(descriptor: Any) -> int:
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the block ends, and never reaches a process that is started in it: the parent alone decides."""
-    resource_tracker.ensure_running()  # which would let Ctrl-C through again if it were started within
+    _start_tracker()  # which would let Ctrl-C through again if it were started within
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Start what clears up after killed workers, without its words on standard error about having done so."""
+    before = list(sys.warnoptions)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # handed on to the process that it is
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions[:] = before
 
 
 def _context(spec: TrialSpec) -> BaseContext:

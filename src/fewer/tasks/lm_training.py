@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewer.checks import check_whole
 from fewer.errors import UserError
+from fewer.files import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -138,9 +138,8 @@ def _keep(model: Any, optimizer: Any, checkpoint: Path, step: int, curve: list[t
 
     checkpoint.mkdir(exist_ok=True)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint / f"{step}.pt")
-    note = checkpoint / "note.part"
-    note.write_text(json.dumps({"step": step, "curve": curve, "seconds": seconds}))
-    os.replace(note, checkpoint / "note.json")
+    with whole_file(checkpoint / "note.json", overwrite=True) as note:
+        note.write_text(json.dumps({"step": step, "curve": curve, "seconds": seconds}))
     for former in checkpoint.glob("*.pt"):
         if former.name != f"{step}.pt":
             former.unlink()

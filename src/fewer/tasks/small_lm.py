@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewer.data.fetching import cache_folder
 from fewer.data.made_once import folder_of, made_once
 from fewer.errors import UserError
+from fewer.files import discard, whole_file
 from fewer.tasks.language_corpus import END, VOCABULARY, Corpus, standard_library, text_corpus, token_stream, train_tokenizer
 from fewer.tasks.lm_training import Recipe, token_loss, train
 
@@ -188,7 +188,7 @@ def _make(preset: Preset, corpus: Corpus, recipe: Recipe | None, folder: Path, t
     about["validation_loss"] = token_loss(model, streams[1][:HELD_OUT])
     model.save_pretrained(folder)
     (folder / "train.json").write_text(json.dumps(about, indent=1))
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    discard(folder / "checkpoint")
 
 
 def _streams(folder: Path, tokenizer: Any, corpus: Corpus) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,6 @@ def _streams(folder: Path, tokenizer: Any, corpus: Corpus) -> tuple[Tensor, Tens
         return kept["train"], kept["validation"]
     streams = token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.validation)
     if folder.is_relative_to(cache_folder()):
-        unfinished = file.with_suffix(".unfinished")
-        save_file({"train": streams[0], "validation": streams[1]}, unfinished)
-        unfinished.rename(file)
+        with whole_file(file, overwrite=True) as part:
+            save_file({"train": streams[0], "validation": streams[1]}, part)
     return streams

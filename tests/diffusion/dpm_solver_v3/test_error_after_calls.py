@@ -6,11 +6,12 @@ import pytest
 import torch
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from small_mixture import ENDS, typical
 
 from fewer.diffusion import sample
 from fewer.diffusion._shared.peers import by_diffusers
 from fewer.diffusion._shared.pipelines import Pipeline
-from fewer.diffusion._shared.problems import Flow, mixture_flow, random_mixture
+from fewer.diffusion._shared.problems import Flow
 from fewer.diffusion._shared.spacing import noise_levels
 from fewer.diffusion.dpm_solver_v3 import bench, problems
 from fewer.diffusion.dpm_solver_v3.problems import statistics_of
@@ -19,32 +20,7 @@ from fewer.errors import UserError
 from fewer.study import Scale, Trial
 from fewer.study.trial import FigureEvent, TrialSpec
 
-ENDS = 20.0, 0.02
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("FEWER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return random_mixture(4, 3)
-
-
-@pytest.fixture
-def noise():
-    return ENDS[0] * torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-@pytest.fixture
-def flow(mixture):
-    return mixture_flow(mixture, *ENDS)
-
-
-def typical(a, b) -> float:
-    """The median point's error: the mean is that of the few points near the border of two components."""
-    return float((a - b).norm(dim=1).median())
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_statistics_are_estimated_once_and_leave_less_error_than_order_one(mixture, flow, noise, monkeypatch):
