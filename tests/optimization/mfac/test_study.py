@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fewer.optimization.mfac import bench, comparison, networks
-from fewer.optimization.mfac.comparison import SPARSITIES, Task
-from fewer.optimization.mfac.study import study
-from fewer.study import Scale, Trial
-from fewer.study.trial import FigureEvent, ObjectiveEvent, TrialSpec
+from fewer.optimization.mfac import bench, problems
+from fewer.optimization.mfac import study as study_module
+from fewer.optimization.mfac.problems import Task
+from fewer.optimization.mfac.study import SPARSITIES, study
+from fewer.study import Results, Scale, Trial
+from fewer.study.results import Row
+from fewer.study.trial import FigureEvent, ObjectiveEvent, SealedTestData, TrialSpec
+from fewer.tasks import resnet20
 
 PRUNERS = ["magnitude", "diagonal-fisher", "mfac-500", "mfac-2000", "mfac-full"]
 OPTIMISERS = ["sgd", "adamw", "mfac-32", "mfac-128", "mfac-512"]
@@ -30,17 +35,18 @@ def digits(tmp_path_factory) -> Task:
     x, y = torch.as_tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.as_tensor(y)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWER_CACHE", str(tmp_path_factory.mktemp("cache")))
-        network = networks.trained("digits", small_net, x[:1200], y[:1200], epochs=5)
-    make = functools.partial(networks.resnet20, 1, (2, 4, 4))
-    return Task(network, (x[:1200], y[:1200]), (x[1200:], y[1200:]), (x[:256], y[:256]), (x[1200:1400], y[1200:1400]), make)
+        network = problems.trained("digits", small_net, x[:1200], y[:1200], epochs=5)
+    make = functools.partial(resnet20, (1, 8, 8), 10, (2, 4, 4))
+    held_out, test = (x[1100:1200], y[1100:1200]), (x[1200:], y[1200:])
+    return Task(network, (x[:1100], y[:1100]), held_out, test, (x[:256], y[:256]), (x[1200:1400], y[1200:1400]), make)
 
 
-def run(task: Task, name: str, **settings: object) -> list:
+def run(task: Task, name: str, tuning: bool = False, **settings: object) -> list:
     events = []
     arm = study.arms[name]
     given = arm.defaults(Scale.QUICK, {"data": "mnist"}) | settings
     torch.manual_seed(0)
-    arm.run(task, Trial(TrialSpec("study", study.slug, name, 0, Scale.QUICK, given), events.append))
+    arm.run(task, Trial(TrialSpec("study", study.slug, name, 0, Scale.QUICK, given, tuning=tuning), events.append))
     return events
 
 
@@ -50,8 +56,8 @@ def figures(events: list, name: str) -> dict[tuple, float]:
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_a_pruner_logs_its_accuracies_and_leaves_the_network_alone(digits, name, monkeypatch):
-    monkeypatch.setattr(comparison, "MAIN", 64)
-    monkeypatch.setattr(comparison, "GRADIENTS", (16, 128))
+    monkeypatch.setattr(study_module, "MAIN", 64)
+    monkeypatch.setattr(study_module, "GRADIENTS", (16, 128))
     before = {key: value.clone() for key, value in digits.network.state_dict().items()}
     events = run(digits, name)
     assert all(torch.equal(value, before[key]) for key, value in digits.network.state_dict().items())
@@ -74,44 +80,98 @@ def test_an_optimiser_logs_losses_times_and_bytes(digits, name):
     events = run(digits, name, epochs=2, window=16)
     losses = figures(events, "validation_loss")
     assert list(losses) == [(step,) for step in range(1, 9)]
-    assert losses[(8,)] == figures(events, "final_loss")[()]
+    assert losses[(8,)] == figures(events, "loss")[()]
     assert [event.value for event in events if isinstance(event, ObjectiveEvent)] == [-losses[(8,)]]
     assert figures(events, "step_seconds")[()] >= figures(events, "gradient_seconds")[()]
+    assert figures(events, "step_ratio")[()] > 0
     weights = sum(parameter.numel() for parameter in digits.make().parameters())
     expected = {"sgd": 4 * weights, "adamw": 8 * weights}.get(name, 4 * 16 * weights + 2 * 8 * 16 * 16)
-    assert figures(events, "optimizer_bytes")[()] == pytest.approx(expected, rel=0.05)
+    assert figures(events, "bytes")[()] == pytest.approx(expected, rel=0.05)
 
 
 def test_the_window_is_timed_over_d_and_over_m(digits, monkeypatch):
-    events = []
-    trial = Trial(TrialSpec("study", study.slug, "window", 0, Scale.QUICK, {}), events.append)
-    monkeypatch.setattr(comparison, "push_seconds", lambda window, dim, device, seed: 1e-9 * window * dim + 1e-12)
-    comparison.time_window(trial, dims=(1000, 10_000), windows=(4, 8), dim=1000, window=4)
+    monkeypatch.setattr(problems, "push_seconds", lambda window, dim, device, seed: 1e-9 * window * dim + 1e-12)
+    for name, sizes in (("DIMS", (1000, 10_000)), ("WINDOWS", (4, 8)), ("DIM", 1000), ("WINDOW", 4)):
+        monkeypatch.setattr(study_module, name, sizes)
+    events = run(digits, "window")
     assert list(figures(events, "push_seconds")) == [(1000,), (10_000,)]
     assert figures(events, "slope_over_d")[()] == pytest.approx(1, abs=1e-3)
     assert figures(events, "slope_over_m")[()] == pytest.approx(1, abs=1e-3)
 
 
 def test_the_push_that_is_timed_is_one_on_a_full_window():
-    assert 0 < comparison.push_seconds(3, 50, "cpu", 0, least=1e-4) < math.inf
+    threads = torch.get_num_threads()
+    assert 0 < problems.push_seconds(3, 50, "cpu", 0) < math.inf
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("name", ["diagonal-fisher", "mfac-500"])
+def test_the_images_of_a_gradient_are_tuned_on_held_out_ones_and_test_images_are_not_looked_at(digits, name, monkeypatch):
+    monkeypatch.setattr(study_module, "MAIN", 16)
+    drawn = []
+    collect = problems.collect_gradients
+    monkeypatch.setattr(
+        problems, "collect_gradients", lambda model, loss, loader, m: (drawn.append(loader.batch_size), collect(model, loss, loader, m))[1]
+    )
+    sealed = dataclasses.replace(digits, test=SealedTestData())
+    assert set(study.arms[name].space) == {"batch"}
+    for batch in study.arms[name].space["batch"].values:
+        events = run(sealed, name, tuning=True, batch=batch)
+        assert sum(isinstance(event, ObjectiveEvent) for event in events) == 1
+        assert not figures(events, "accuracy")
+    assert drawn == [1, 4, 16]
+
+
+def test_a_claim_of_never_worse_rests_on_a_stated_tolerance_not_on_the_spread():
+    def verdict(drop: float, spread: float) -> str:
+        arms = list(study.arms)
+        rows = [
+            Row(arm, seed, "accuracy_at_90", {"m": m}, 0.7 - drop * place + spread * (seed - 1))
+            for place, arm in enumerate(study_module.PRUNERS)
+            for m in (64, 256, 1024)
+            for seed in range(3)
+        ]
+        return study_module.more_is_not_worse(Results(rows, arms)).outcome
+
+    assert verdict(drop=0.01, spread=0.0) == "holds"
+    assert verdict(drop=0.05, spread=0.0) == verdict(drop=0.05, spread=0.1) == "fails"
+
+
+def test_a_diverged_training_is_told_to_the_tuner_and_fails_a_trial(digits):
+    events = run(digits, "sgd", tuning=True, epochs=1, lr=1e30)
+    assert [event.value for event in events if isinstance(event, ObjectiveEvent)][-1] == study_module.DIVERGED
+    with pytest.raises(FloatingPointError):
+        run(digits, "sgd", epochs=1, lr=1e30)
 
 
 def test_a_network_is_trained_once_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWER_CACHE", str(tmp_path))
     x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
     state = torch.get_rng_state()
-    first = networks.trained("noise", small_net, x, y, epochs=1)
+    first = problems.trained("noise", small_net, x, y, epochs=1)
     assert torch.equal(torch.get_rng_state(), state)
-    monkeypatch.setattr(networks, "train", lambda *_: pytest.fail("trained twice"))
-    again = networks.trained("noise", small_net, x, y, epochs=1)
+    monkeypatch.setattr(problems, "fit_steps", lambda *_, **__: pytest.fail("trained twice"))
+    again = problems.trained("noise", small_net, x, y, epochs=1)
     assert not again.training
     assert all(torch.equal(value, first.state_dict()[key]) for key, value in again.state_dict().items())
     assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock") == ["DONE", "model.safetensors"]
 
 
-def test_the_full_scale_is_resnet_20():
-    assert sum(parameter.numel() for parameter in networks.resnet20(3, (16, 32, 64)).parameters()) == 269_722  # 0.27 million
-    assert networks.resnet20(3, (16, 32, 64))(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+def test_other_images_are_another_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWER_CACHE", str(tmp_path))
+    y = torch.arange(64) % 10
+    one, other = (problems.trained("mine", small_net, torch.full((64, 1, 8, 8), value), y, epochs=1) for value in (0.0, 1.0))
+    assert not torch.equal(one[0].weight, other[0].weight)
+
+
+def test_a_users_own_images_are_what_everything_is_about(tmp_path, monkeypatch):
+    x, y = load_digits(return_X_y=True)
+    np.savez(tmp_path / "mine.npz", x=x[:200].reshape(-1, 8, 8), y=y[:200] % 3)
+    monkeypatch.setenv("FEWER_CACHE", str(tmp_path))
+    task = study.build_task(Scale.QUICK, study.choose_options({"data": str(tmp_path / "mine.npz")}))
+    assert task.network(task.test[0]).shape == (len(task.test[0]), 3)
+    assert task.make()(task.train[0]).shape == (len(task.train[0]), 3)
+    assert len({len(part[0]) for part in (task.learned, task.train)}) == 1
 
 
 def test_racers_do_the_same_work(monkeypatch):

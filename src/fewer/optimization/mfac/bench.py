@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fewer.optimization.mfac.inverse_fisher import InverseFisher
-from fewer.optimization.mfac.networks import resnet20
 from fewer.optimization.mfac.optimizer import MFAC
 from fewer.optimization.mfac.recursion import precompute
 from fewer.optimization.mfac.window.sliding_window import SlidingInverseFisher
 from fewer.study import Bench
+from fewer.tasks import resnet20
 
 bench = Bench("mfac")
 Call = Callable[[], object]
@@ -69,7 +69,7 @@ def dense() -> tuple[Call, Call]:
 def _step(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Call:
     """A whole training step of the study's network, the gradient included."""
     torch.manual_seed(0)
-    model, x, y = resnet20(1, (4, 8, 16), stem_stride=2), torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
+    model, x, y = resnet20((1, 28, 28), 10, (4, 8, 16), stem_stride=2), torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
     optimizer = make(model)
 
     def step() -> None:
