@@ -157,6 +157,11 @@ def test_a_network_is_trained_once_and_found_again(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock") == ["DONE", "model.safetensors"]
 
 
+def test_the_full_scale_is_resnet_20():
+    assert sum(parameter.numel() for parameter in resnet20((3, 32, 32)).parameters()) == 269_722  # 0.27 million
+    assert resnet20((3, 32, 32))(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_other_images_are_another_network(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWER_CACHE", str(tmp_path))
     y = torch.arange(64) % 10
