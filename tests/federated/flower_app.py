@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from fewer.devices import keep_ray_local
 from fewer.federated import (
     FedDyn,
     FedSpeedAlgorithm,
@@ -61,7 +62,8 @@ def largest_difference(arrays, history):
 
 ALGORITHMS = {
     "fedspeed": FedSpeedAlgorithm(FedSpeedConfig(**LOCAL)),
-    "fedspeed, released rule": FedSpeedAlgorithm(FedSpeedConfig(server_rule="released", relaxed_beta=0.2, **LOCAL)),
+    "fedspeed, relaxed": FedSpeedAlgorithm(FedSpeedConfig(relaxed_beta=0.2, **LOCAL)),
+    "fedspeed, paper's rule": FedSpeedAlgorithm(FedSpeedConfig(server_rule="paper", **LOCAL)),
     "scaffold": Scaffold(LocalConfig(**LOCAL)),
     "feddyn": FedDyn(LocalConfig(weighted=True, **LOCAL)),
 }
@@ -83,6 +85,7 @@ def client_app() -> ClientApp:
 def by_ray(file: str) -> None:
     """Run all algorithms in Flower's simulation and write what comes out into a file."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    keep_ray_local()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     from flwr.simulation import run_simulation
 

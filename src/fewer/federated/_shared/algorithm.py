@@ -92,10 +92,19 @@ def run_local(algorithm: Algorithm, state: Vectors, message: Message, shard: Any
         torch.manual_seed(drawn[0])  # what a layer such as Dropout draws
         if flat.averages_buffers:
             flat.load_buffers(None, message.vectors[BUFFERS])
-        state, reply = algorithm.local(state, message, shard, rng)
+        kept, reply = algorithm.local(state, message, shard, rng)
         if flat.averages_buffers:
             reply = replace(reply, vectors=reply.vectors | {BUFFERS: flat.buffers()})
-    return state, reply
+    return finite_or_before(kept, state), reply
+
+
+def finite_or_before(kept: Vectors, before: Vectors) -> Vectors:
+    """What a client keeps, or what it kept before where a number is not finite: the server leaves such a reply out, and the client must
+    not carry it into every round to come. Clients that are stacked are told apart."""
+    if not kept:
+        return kept
+    good = torch.stack([vector.isfinite().all(dim=-1, keepdim=True) for vector in kept.values()]).all(dim=0)
+    return {name: torch.where(good, vector, before[name]) for name, vector in kept.items()}
 
 
 def run_configure(algorithm: Algorithm, server: ServerState, clients: Sequence[int]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""What FedSpeed is held against: FedAvg, FedProx, SCAFFOLD, FedDyn and FedSAM, each a few lines over the same local loop."""
+"""What federated methods are held against: FedAvg, FedProx, SCAFFOLD, FedDyn and FedSAM, each a few lines over the same local loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewer.checks import check_not_negative, check_positive
 from fewer.federated._shared.algorithm import Message, Reply, ServerState, Vectors, mean_of
 from fewer.federated._shared.local_training import LocalConfig, descend, metrics_of
 
@@ -46,6 +47,9 @@ class FedProx(FedAvg):
 
     mu: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_not_negative(mu=self.mu)
+
     def force(self, x: Tensor) -> dict[str, Any]:
         return {"prox": self.mu, "pull": self.mu * x} if self.mu else {}
 
@@ -56,6 +60,9 @@ class FedSAM(FedAvg):
 
     rho: float = 0.1
     normalize: bool = True
+
+    def __post_init__(self) -> None:
+        check_not_negative(rho=self.rho)
 
     def force(self, x: Tensor) -> dict[str, Any]:
         return {"rho": self.rho, "normalize": self.normalize}
@@ -93,6 +100,9 @@ class FedDyn(FedAvg):
 
     mu: float = 0.1
     keeps: tuple[str, ...] = ("h",)
+
+    def __post_init__(self) -> None:
+        check_positive(mu=self.mu)  # the server divides by it
 
     def initial(self, x: Tensor, clients: int) -> ServerState:
         return ServerState(x, clients, vectors={"h": x.new_zeros(x.shape)})

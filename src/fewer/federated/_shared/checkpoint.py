@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +9,16 @@ import torch
 from torch import Tensor
 
 from fewer.federated._shared.algorithm import ServerState
+from fewer.files import whole_file
 
 
 def save_checkpoint(path: Path, server: ServerState, clients: dict[str, Tensor] | None = None, **about: Any) -> None:
-    """Write the state; the file appears whole or not at all."""
-    path = Path(path)
+    """Write the state; the file, which may be an earlier checkpoint, appears whole or not at all."""
     content = {
         "x": server.x, "clients": server.clients, "round": server.round, "vectors": server.vectors, "kept": clients or {}, "about": about,
     }  # fmt: skip
-    handle, unfinished = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    with whole_file(path, overwrite=True, option="checkpoint") as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path, clients: int, **about: Any) -> tuple[ServerState, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """The same algorithms as Flower apps: a strategy for the ServerApp and a ClientApp, for simulation and for SuperLink and SuperNodes.
 
 A client is named by its node's `partition-id` where it has one (as every simulated node has), else by its node id. The server asks each
-new node for its name once, so that sampling and batches are those of `simulate` with the same seed.
+new node for its name, so that sampling and batches are those of `simulate` with the same seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
-from fewer.federated._shared.algorithm import BUFFERS, Algorithm, ServerState, run_aggregate, run_configure, run_local
+from fewer.checks import check_positive, check_whole
+from fewer.federated._shared.algorithm import BUFFERS, Algorithm, ServerState, fault_of, run_aggregate, run_configure, run_local
 from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
 from fewer.federated._shared.clients import Shard, client_rng
 from fewer.federated._shared.flat_model import FlatModel, Loss, cross_entropy
@@ -39,13 +40,16 @@ from fewer.federated._shared.flower_records import (
     reply_record,
     tensor_of,
 )
-from fewer.federated._shared.sampling import Independent, Sampler, check_fraction
+from fewer.federated._shared.sampling import Independent, Sampler, check_fraction, choose
 from fewer.federated._shared.traffic import Traffic
+from fewer.files import check_new_file
 from fewer.meters import counting  # by name: Ray pickles the app, and a lazily loaded package cannot be pickled
 
 log = getLogger("flwr").log
 ASK = "query.who"
 POLL = 0.2  # seconds between looks at who is there
+PATIENCE = 120.0  # seconds that a new node has to say who it is: it may be starting, and imports torch first
+ASKED = 3  # times that nodes are asked in one round while too few are known
 
 
 class FlowerStrategy(Strategy):
@@ -60,6 +64,7 @@ class FlowerStrategy(Strategy):
         sampler: who takes part, in place of `fraction_train`.
         clients: how many clients there are in all; those that are there in the first round by default.
         checkpoint: a file that the server's state is written into after each round, and taken up from where it exists.
+        patience: seconds that a new node has to say who it is, whatever the rounds' own `timeout`.
 
     Attributes:
         traffic: bytes of every round and client.
@@ -80,7 +85,11 @@ class FlowerStrategy(Strategy):
         sampler: Sampler | None = None,
         clients: int | None = None,
         checkpoint: Path | None = None,
+        patience: float = PATIENCE,
     ) -> None:
+        check_positive(patience=patience)
+        check_whole(min_available_nodes=min_available_nodes, optional=["clients"], clients=clients)
+        check_whole(least=0, seed=seed)
         if fraction_evaluate:
             check_fraction(fraction_evaluate)
         self.algorithm, self.seed, self.clients, self.checkpoint = algorithm, seed, clients, checkpoint
@@ -90,6 +99,8 @@ class FlowerStrategy(Strategy):
         self.server: ServerState | None = None
         self._key = uuid.uuid4().hex  # which federation a client's kept state belongs to
         self._names: dict[int, int] = {}  # node -> client
+        self._patience = patience
+        self._silent: dict[int, str] = {}  # node -> why it has not said who it is
         self._layout: Layout | None = None
         self._told: set[tuple[int, int]] = set()
         self._asked: list[int] = []  # who was sent this round's messages
@@ -105,9 +116,11 @@ class FlowerStrategy(Strategy):
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600, **keywords: Any) -> Result:
         """Run `num_rounds` rounds from `ArrayRecord(model.state_dict())`; see Flower's own `Strategy.start` for the other arguments.
 
-        A node that does not answer within `timeout` seconds is left out of the round.
+        A node that does not answer a round's message within `timeout` seconds is left out of the round.
         """
         self._timeout = timeout
+        if self.checkpoint is not None:
+            check_new_file(self.checkpoint, overwrite=True, option="checkpoint")
         result = super().start(grid, initial_arrays, num_rounds, timeout, **keywords)
         log(INFO, "Bytes on the wire: %d down, %d up", *self.traffic.total())
         return result
@@ -122,13 +135,18 @@ class FlowerStrategy(Strategy):
         return nodes
 
     def _clients(self, grid: Grid) -> dict[int, int]:
-        """client -> node of those that are there; new nodes are asked who they are."""
-        nodes, silent = self._wait(grid), {}
-        if unknown := [node for node in nodes if node not in self._names]:
-            silent = self._ask(grid, unknown)
-        known = [node for node in nodes if node in self._names]
-        if len(known) < self.min_available_nodes:
-            reasons = "; ".join(f"node {node}: {reason}" for node, reason in silent.items())
+        """client -> node of those that are there; nodes that have not said who they are are asked, again where too few have."""
+        nodes, known = self._wait(grid), []
+        for _ in range(ASKED):
+            if unknown := [node for node in nodes if node not in self._names]:
+                enough = len(nodes) - len(unknown) >= self.min_available_nodes
+                self._ask(grid, unknown, self._timeout if enough and self._silent.keys() >= set(unknown) else self._patience)
+            known = [node for node in nodes if node in self._names]
+            if len(known) >= self.min_available_nodes:
+                break
+            nodes = self._wait(grid)
+        else:
+            reasons = "; ".join(f"node {node}: {reason}" for node, reason in self._silent.items() if node in nodes)
             raise RuntimeError(
                 f"{len(known)} of {len(nodes)} nodes say who they are; expected at least {self.min_available_nodes} "
                 f"(min_available_nodes), each running a ClientApp made by flower_client_app or one that answers {ASK!r} so. {reasons}"
@@ -143,18 +161,17 @@ class FlowerStrategy(Strategy):
             found[client] = node
         return found
 
-    def _ask(self, grid: Grid, nodes: list[int]) -> dict[int, str]:
-        """Ask nodes who they are; why those that do not say it do not."""
-        silent: dict[int, str] = dict.fromkeys(nodes, f"no answer in {self._timeout:g} s")
+    def _ask(self, grid: Grid, nodes: list[int], patience: float) -> None:
+        """Ask nodes who they are and wait so many seconds: new ones get patience, silent ones do not hold up every round of the others."""
+        self._silent.update(dict.fromkeys(nodes, f"no answer in {patience:g} s"))
         asked = [Message(RecordDict({CONFIG: ConfigRecord({"key": self._key})}), dst_node_id=node, message_type=ASK) for node in nodes]
-        for reply in grid.send_and_receive(asked, timeout=self._timeout):
+        for reply in grid.send_and_receive(asked, timeout=patience):
             if reply.has_error():
-                silent[reply.metadata.src_node_id] = str(reply.error.reason)
-                log(WARNING, "node %d does not say who it is: %s", reply.metadata.src_node_id, reply.error.reason)
+                self._silent[reply.metadata.src_node_id] = str(reply.error.reason)
                 continue
-            del silent[reply.metadata.src_node_id]
+            del self._silent[reply.metadata.src_node_id]
             who = reply.content.config_records[CONFIG]
-            layout = Layout(*(tuple(filter(None, str(who[name]).split("\n"))) for name in ("parameters", "buffers")))
+            layout = Layout.read(who)
             if self._layout is not None and layout != self._layout:
                 raise ValueError(
                     f"client {who['client']} trains {len(layout.parameters)} parameters ({', '.join(layout.parameters)}), others "
@@ -162,7 +179,9 @@ class FlowerStrategy(Strategy):
                 )
             self._layout = layout
             self._names[reply.metadata.src_node_id] = int(who["client"])  # pyright: ignore[reportArgumentType] - an int
-        return silent
+        for node in nodes:
+            if node in self._silent:
+                log(WARNING, "node %d does not say who it is (%s); it is asked again", node, self._silent[node])
 
     # Training
 
@@ -173,7 +192,7 @@ class FlowerStrategy(Strategy):
         self._take(arrays, len(found))
         assert self.server is not None
         number = self.server.round + 1
-        chosen = self.sampler(list(found), number, self.seed)
+        chosen = choose(self.sampler, found, number, self.seed)
         log(INFO, "configure_train: round %d, clients %s (out of %d)", number, chosen, len(found))
         self._asked = chosen
         settings = dict(config) | {
@@ -217,6 +236,7 @@ class FlowerStrategy(Strategy):
         read = [read_reply(content, client) for client, content in good.items()]
         for client, content in good.items():
             self.traffic.came(client, content)
+        counted = [reply.client for reply in read if not fault_of(self.algorithm, self.server, reply)]
         try:
             self.server = run_aggregate(self.algorithm, self.server, read)
         except ValueError as error:
@@ -226,7 +246,7 @@ class FlowerStrategy(Strategy):
         finally:
             self._save()
         return self._named(), aggregate_metricrecords(
-            [RecordDict({METRICS: content.metric_records[METRICS]}) for content in good.values()], "num-examples"
+            [RecordDict({METRICS: good[client].metric_records[METRICS]}) for client in counted], "num-examples"
         )
 
     def _answered(self, replies: Iterable[Message], what: str) -> dict[int, RecordDict]:
@@ -257,9 +277,10 @@ class FlowerStrategy(Strategy):
         return [Message(record, dst_node_id=found[client], message_type="evaluate") for client in chosen]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The clients' metrics, weighed by their examples."""
-        good = self._answered(replies, "evaluation")
-        return aggregate_metricrecords(list(good.values()), "num-examples") if good else None
+        """The clients' metrics, weighed by their examples; None where none of them has any."""
+        good = self._answered(replies, "evaluation").values()
+        some = [each for each in good if next(iter(each.metric_records.values()))["num-examples"]]
+        return aggregate_metricrecords(some, "num-examples") if some else None
 
 
 LoadData = Callable[[Context], tuple[Tensor, Tensor]]
@@ -281,7 +302,7 @@ def flower_client_app(
         model_fn: makes the model.
         load_data: `load_data(context)`: the client's examples (x [n, ...], y [n, ...]); `context.node_config["partition-id"]` says which.
         loss_fn: `loss_fn(output, y)`: the losses of the examples [B], or their mean.
-        load_test: examples to evaluate on; those to train on by default.
+        load_test: examples to evaluate on, which may be none; those to train on by default.
         buffers: "average" for models with BatchNorm.
 
     Returns:
@@ -295,13 +316,9 @@ def flower_client_app(
     def flat_model() -> FlatModel:
         return FlatModel(model_fn(), loss_fn, buffers)
 
-    def layout_of(flat: FlatModel) -> Layout:
-        return Layout(tuple(flat.shapes), tuple(flat.buffer_shapes))
-
     @app.query("who")
     def who(message: Message, context: Context) -> Message:
-        layout = layout_of(flat_model())
-        about = {"client": client_of(context), "parameters": "\n".join(layout.parameters), "buffers": "\n".join(layout.buffers)}
+        about: dict[str, Any] = {"client": client_of(context)} | Layout.of(flat_model()).words()
         return Message(RecordDict({CONFIG: ConfigRecord(about)}), reply_to=message)
 
     @app.train()
@@ -311,7 +328,7 @@ def flower_client_app(
             raise ValueError(
                 f"the server runs {settings['algorithm']}, client {client} {algorithm!r}; expected the same settings on both sides"
             )
-        asked = read_message(message.content, layout_of(flat), client)
+        asked = read_message(message.content, Layout.of(flat), client)
         x, y = load_data(context)
         if not len(x):
             raise ValueError(f"client {client} has no examples; expected at least one: leave the client out")
@@ -326,8 +343,10 @@ def flower_client_app(
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         flat = flat_model()
-        vectors = layout_of(flat).vectors(message.content.array_records[ARRAYS])
+        vectors = Layout.of(flat).vectors(message.content.array_records[ARRAYS])
         x, y = (load_test or load_data)(context)
+        if not len(x):  # nothing to say, and the server leaves it out
+            return Message(RecordDict({METRICS: MetricRecord({"num-examples": 0})}), reply_to=message)
         output = flat.predict(vectors["x"], x, vectors.get(BUFFERS))
         metrics: dict[str, Any] = {"num-examples": len(x), "loss": float(loss_fn(output, y).mean())}
         if output.ndim == 2 and not y.is_floating_point():

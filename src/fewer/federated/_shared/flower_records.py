@@ -5,7 +5,7 @@ The global model travels as `arrays`, named as in `model.state_dict()`; any furt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fewer.federated._shared.algorithm import BUFFERS, Message, Reply, ServerState, Vectors
+from fewer.federated._shared.flat_model import FlatModel
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 KEPT = "fewer.kept"  # what a client keeps between rounds, in context.state
@@ -25,15 +26,34 @@ def tensor_of(array: Array) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which arrays of a model are its parameters and which its averaged statistics, in the order of the flat vectors."""
+    """Which arrays of a model are its parameters and which its averaged statistics, in the order of the flat vectors, and further names of
+    tied ones: pairs (name, first name)."""
 
-    parameters: Sequence[str]
-    buffers: Sequence[str]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    tied: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, flat: FlatModel) -> Layout:
+        return cls(tuple(flat.shapes), tuple(flat.buffer_shapes), tuple(flat.tied.items()))
+
+    def words(self) -> dict[str, str]:
+        """The layout as settings that travel in a record."""
+        return {"parameters": _lines(self.parameters), "buffers": _lines(self.buffers), "tied": _lines(map("\t".join, self.tied))}
+
+    @classmethod
+    def read(cls, words: Mapping[str, Any]) -> Layout:
+        parameters, buffers, tied = (
+            tuple(filter(None, str(words.get(name, "")).split("\n"))) for name in ("parameters", "buffers", "tied")
+        )
+        pairs = (line.partition("\t") for line in tied)
+        return cls(parameters, buffers, tuple((name, first) for name, _, first in pairs))
 
     def vector(self, names: Sequence[str], arrays: ArrayRecord) -> Tensor:
         if missing := [name for name in names if name not in arrays]:
             raise ValueError(f"the arrays have no {missing[0]!r} (they have {', '.join(arrays)}); expected model.state_dict() of the model")
-        return torch.cat([tensor_of(arrays[name]).reshape(-1) for name in names])
+        flat = torch.cat([tensor_of(arrays[name]).reshape(-1) for name in names])
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
     def vectors(self, arrays: ArrayRecord) -> Vectors:
         """ "x", and the statistics where there are some."""
@@ -51,7 +71,12 @@ class Layout:
                 size = int(torch.Size(shape).numel())
                 filled[name] = Array(flat[place : place + size].view(shape).numpy())
                 place += size
+        filled.update({name: filled[first] for name, first in self.tied if name in like})
         return ArrayRecord(filled)
+
+
+def _lines(words: Iterable[str]) -> str:
+    return "\n".join(words)
 
 
 def message_record(message: Message, arrays: ArrayRecord, config: Mapping[str, Any]) -> RecordDict:

@@ -5,11 +5,14 @@ Vectors are [d], or [S, d] for S clients at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fewer.checks import check_not_negative, check_positive, check_share, check_whole
 
 NORM_FLOOR = 1e-7  # section of the ascent step: |g1| + 1e-7
 CLIP_FLOOR = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -23,9 +26,9 @@ class LocalConfig:
         local_epochs: passes over the client's examples a round.
         local_steps: exactly so many steps a round instead.
         lr: the learning rate eta of round 1.
-        lr_decay: what it is multiplied by each round (of the server, not of the client's participations).
+        lr_decay: what it is multiplied by each round (of the server, not of the client's participations); at most 1.
         weight_decay: added after clipping, as inside torch.optim.SGD.
-        max_grad_norm: the norm over all parameters that the step's bracket is clipped to.
+        max_grad_norm: the norm over all parameters that the step's bracket is clipped to; infinity: none.
         batch_size: examples a step.
         weighted: the server weighs clients by their examples; False: all alike.
 
@@ -43,14 +46,12 @@ class LocalConfig:
     weighted: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("local_epochs", "batch_size", *(["local_steps"] if self.local_steps is not None else [])):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("lr", "lr_decay", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; expected 0 or more")
+        check_whole(optional=["local_steps"], local_epochs=self.local_epochs, local_steps=self.local_steps, batch_size=self.batch_size)
+        check_positive(lr=self.lr, lr_decay=self.lr_decay)
+        check_share(lr_decay=self.lr_decay)
+        if self.max_grad_norm != math.inf:
+            check_positive(max_grad_norm=self.max_grad_norm)
+        check_not_negative(weight_decay=self.weight_decay)
 
     def lr_at(self, round: int) -> float:
         """The learning rate of a round (from 1)."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fewer.checks import check_whole
+
 REDRAWS = 1000
 
 Parts = list[np.ndarray]
@@ -59,6 +61,7 @@ def dirichlet(labels: Any, clients: int, alpha: float, seed: int = 0, min_size: 
     labels = _checked(labels, clients)
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha}; expected a positive concentration, such as 0.3 (smaller: more unlike clients)")
+    check_whole(least=0, min_size=min_size)
     if min_size * clients > len(labels):
         raise ValueError(
             f"min_size is {min_size} for {clients} clients and {len(labels)} examples; expected at most {len(labels) // clients}"
@@ -99,8 +102,9 @@ def pathological(labels: Any, clients: int, classes_per_client: int, seed: int =
         [1, 1, 1, 1]
     """
     labels = _checked(labels, clients)
+    check_whole(classes_per_client=classes_per_client)
     pieces = clients * classes_per_client
-    if classes_per_client < 1 or pieces > len(labels):
+    if pieces > len(labels):
         raise ValueError(f"classes_per_client is {classes_per_client}; expected 1 to {len(labels) // clients} for {len(labels)} examples")
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
@@ -155,6 +159,7 @@ def _checked(labels: Any, clients: int) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1:
         raise ValueError(f"labels are {labels.shape}; expected one class number an example [N]")
-    if not 1 <= clients <= len(labels):
+    check_whole(clients=clients)
+    if clients > len(labels):
         raise ValueError(f"clients is {clients}; expected 1 to {len(labels)}, the number of examples")
     return labels

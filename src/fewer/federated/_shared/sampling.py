@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fewer.federated._shared.clients import sampling_rng
@@ -58,6 +58,21 @@ class FixedSize:
         if not ids:
             return []
         return sorted(sampling_rng(seed, round).choice(ids, size=max(1, round_half_up(self.fraction * len(ids))), replace=False).tolist())
+
+
+def choose(sampler: Sampler, client_ids: Iterable[int], round: int, seed: int) -> list[int]:
+    """Those that take part in a round, each once however often the sampler says it, in its order.
+
+    Raises:
+        ValueError: the sampler chose nobody, or somebody who is not there.
+    """
+    ids = list(client_ids)
+    chosen = list(dict.fromkeys(int(client) for client in sampler(ids, round, seed)))
+    if not chosen:
+        raise ValueError(f"the sampler chose no client in round {round}; expected at least one of {len(ids)}")
+    if strangers := set(chosen) - set(ids):
+        raise ValueError(f"the sampler chose client {min(strangers)} in round {round}; expected some of the {len(ids)} that are there")
+    return chosen
 
 
 def round_half_up(number: float) -> int:

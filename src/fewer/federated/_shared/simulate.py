@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fewer import meters
+from fewer.checks import check_whole
 from fewer.federated._shared.algorithm import (
     BUFFERS,
     Algorithm,
@@ -27,7 +28,8 @@ from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
 from fewer.federated._shared.client_states import ClientStates
 from fewer.federated._shared.clients import Shards, StackedShard, client_rng
 from fewer.federated._shared.flat_model import FlatModel, Loss, cross_entropy
-from fewer.federated._shared.sampling import Sampler
+from fewer.federated._shared.sampling import Sampler, choose
+from fewer.files import check_new_file
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class History:
     rounds: list[Round] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The global model's parameters by name, for `model.load_state_dict(..., strict=False)`."""
-        return {name: tensor.clone() for name, tensor in self.flat.named(self.server.x).items()}
+        """The global model's parameters by name, tied ones by each, for `model.load_state_dict(..., strict=False)`."""
+        return self.flat.state_dict(self.server.x)
 
 
 def simulate(
@@ -101,8 +103,9 @@ def simulate(
         tell: called with each round when it is done.
 
     Raises:
-        ValueError: the model has statistics and `buffers` is unset, no reply of a round is good, the sampler chose nobody, or the
-            checkpoint is of another number of clients, seed or algorithm.
+        ValueError: the model has statistics and `buffers` is unset, no reply of a round is good, the sampler chose nobody, the executor
+            is none, or the checkpoint is of another number of clients, seed or algorithm.
+        OSError: the checkpoint cannot be written where it is asked for.
 
     Examples:
         >>> import torch
@@ -114,6 +117,12 @@ def simulate(
         >>> [each.round for each in history.rounds]
         [1, 2]
     """
+    check_whole(rounds=rounds)
+    check_whole(least=0, seed=seed)
+    if not (executor is None or executor == "vmap" or hasattr(executor, "submit")):
+        raise ValueError(f"executor is {executor!r}; expected None, 'vmap' or a concurrent.futures pool such as ThreadPoolExecutor(4)")
+    if checkpoint is not None:
+        check_new_file(checkpoint, overwrite=True, option="checkpoint")
     flat = model_fn if isinstance(model_fn, FlatModel) else FlatModel(model_fn(), loss_fn, buffers)
     server = algorithm.initial(flat.initial(), len(shards))
     if flat.averages_buffers:
@@ -126,9 +135,7 @@ def simulate(
     history = History(flat, server, states)
     for number in range(server.round + 1, rounds + 1):
         started = time.perf_counter()
-        chosen = sampler(range(len(shards)), number, seed)
-        if not chosen:
-            raise ValueError(f"the sampler chose no client in round {number}; expected at least one of {len(shards)}")
+        chosen = choose(sampler, range(len(shards)), number, seed)
         messages = run_configure(algorithm, history.server, chosen)
         with meters.counting() as counts:
             replies = _train(algorithm, messages, shards, flat, states, seed, executor)

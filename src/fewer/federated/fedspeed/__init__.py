@@ -7,7 +7,8 @@ When to use it: rounds are dear and local computation is cheap. When not: client
 computation is the price (each local step takes two gradients).
 
 - local: q = grad F_i(y + rho g1/|g1|; B), y <- y - eta (q - g_i + (y - x)/lambda), K times; then g_i <- g_i - (y - x)/lambda.
-- sent: y - lambda g_i. Server: x <- the mean of what the sampled clients sent.
+- sent: y. Server: x <- the mean of the sampled clients' y minus lambda times the mean of all clients' g_i, which it follows from the y
+  (the authors' rule; the paper writes the mean of the sampled clients' y - lambda g_i, which has no fixed point when clients are sampled).
 
 Source: FedSpeed, arXiv 2302.10429 (ICLR 2023), and the authors' released simulator for its defaults.
 

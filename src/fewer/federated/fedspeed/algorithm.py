@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from fewer.checks import check_choice, check_not_negative, check_share
 from fewer.federated._shared.algorithm import Message, Reply, ServerState, Vectors, mean_of
 from fewer.federated._shared.local_training import LocalConfig, descend, metrics_of
 
@@ -26,9 +27,11 @@ class FedSpeedConfig(LocalConfig):
         prox: the proximal weight 1/lambda (0: no proximal term and no correction, lambda being infinite).
         alpha: the share of the gradient at the ascent point in the quasi-gradient.
         normalize: the ascent step is rho g1 / (|g1| + 1e-7); False: the paper's rho g1.
-        server_rule: "paper" averages y_i - lambda g_i of the sampled clients; "released" averages their y_i and adds the mean of
-            -lambda g_i over all clients. Both agree when all take part.
-        relaxed_beta: a client starts at x + beta (x - y_i of its last round), from its second round on.
+        server_rule: "released" (the authors' simulator, whose numbers the paper's tables hold) averages the sampled clients' y_i and adds
+            the mean of -lambda g_i over *all* clients; "paper" averages y_i - lambda g_i of the sampled ones alone. Both agree when all
+            take part. When only some do, "paper" has no fixed point: at the optimum the g_i are the clients' own gradients, whose mean
+            over all is zero but over a sample is not, and each round adds -lambda times that.
+        relaxed_beta: a client starts at x + beta (x - y_i of its last round), from its second round on; 0 to 1.
         correction: False holds g_i at zero (for ablation; not in the paper).
         local_epochs, local_steps, lr, lr_decay, weight_decay, max_grad_norm, batch_size, weighted: see `LocalConfig`.
 
@@ -44,24 +47,19 @@ class FedSpeedConfig(LocalConfig):
     prox: float = 0.1
     alpha: float = 1.0
     normalize: bool = True
-    server_rule: ServerRule = "paper"
+    server_rule: ServerRule = "released"
     relaxed_beta: float = 0.0
     correction: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rho >= 0:
-            raise ValueError(f"rho is {self.rho}; expected 0 (no ascent step) or more")
-        if not self.prox >= 0:
-            raise ValueError(f"prox is {self.prox}; expected 0 (no proximal term) or more: it is 1/lambda")
+        check_not_negative(rho=self.rho, prox=self.prox)
+        check_share(alpha=self.alpha, relaxed_beta=self.relaxed_beta)
+        check_choice(get_args(ServerRule), server_rule=self.server_rule)
         if self.lr * self.prox >= 1:
             raise ValueError(
                 f"lr * prox is {self.lr * self.prox:g}; expected less than 1, else the proximal step overshoots: a smaller lr or prox"
             )
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; expected 0 to 1, the share of the second gradient")
-        if self.server_rule not in ("paper", "released"):
-            raise ValueError(f"server_rule is {self.server_rule!r}; expected 'paper' or 'released'")
 
     @property
     def corrects(self) -> bool:
@@ -100,7 +98,7 @@ class FedSpeedAlgorithm:
         return [Message(client, round, {"x": server.x}) for client in client_ids]
 
     def local(self, client_state: Vectors, message: Message, shard: Any, rng: Any) -> tuple[Vectors, Reply]:
-        """K local steps, then g_i <- g_i - (y - x)/lambda; "model" is y - lambda g_i, or y by the released rule."""
+        """K local steps, then g_i <- g_i - (y - x)/lambda; "model" is y, or y - lambda g_i by the paper's rule."""
         config, x = self.config, message.vectors["x"]
         pull = config.prox * x if config.prox else None
         if config.corrects and pull is not None:

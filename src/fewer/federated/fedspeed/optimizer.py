@@ -114,7 +114,7 @@ class FedSpeedOptimizer(torch.optim.Optimizer):
         """g <- g - (y - x)/lambda.
 
         Returns:
-            what the client sends: y - lambda g, a tensor a parameter (y by the released rule); the new g is in
+            what the client sends: y, a tensor a parameter (y - lambda g by the paper's rule); the new g is in
             `optimizer.state[parameter]["correction"]`.
         """
         sent = [each.detach().clone() for each in self._params]
