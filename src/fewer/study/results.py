@@ -207,7 +207,8 @@ class Results:
     def _named(self, name: str, coordinates: Mapping[str, Any] | None = None) -> str:
         """A figure or an arm in words, with the coordinates at which it is asked for."""
         word = self.names.get(name, re.sub("[._]", " ", name) if self.names else name)
-        return word + "".join(f" at {axis.replace('_', ' ')} {value}" for axis, value in (coordinates or {}).items())
+        places = ", ".join(f"{axis.replace('_', ' ')} {value}" for axis, value in (coordinates or {}).items())
+        return f"{word} ({places})" if places else word
 
     def mean(self, figure: str, arm: str, **coordinates: Any) -> Estimate:
         """The mean over seeds."""
