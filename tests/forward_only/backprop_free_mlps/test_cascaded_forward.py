@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from fewer.fitting import batches_of
 from fewer.forward_only import CascadedForwardCNN, CascadedForwardConfig, cnn, fit_cascaded_forward
-from fewer.forward_only.backprop_free_mlps.block_feedback import FeedbackTrainer, random_feedback
-from fewer.forward_only.backprop_free_mlps.layer_training import set_projection_gradient
-from fewer.forward_only.backprop_free_mlps.local_loss import softmax_error
-from fewer.forward_only.backprop_free_mlps.ridge import fit_ridge
-from fewer.forward_only.backprop_free_mlps.training import batches_of
+from fewer.forward_only.backprop_free_mlps.layers.block_feedback import FeedbackTrainer, random_feedback
+from fewer.forward_only.backprop_free_mlps.layers.layer_training import set_projection_gradient
+from fewer.forward_only.backprop_free_mlps.layers.local_loss import softmax_error
+from fewer.forward_only.backprop_free_mlps.layers.ridge import fit_ridge
 from fewer.meters import counting
 
 

@@ -199,7 +199,7 @@ def test_a_folder_gives_the_same_classifier_back(digits, fitted, method, tmp_pat
     assert np.array_equal(loaded.predict_proba(x), fitted[method].predict_proba(x))
     given = fitted[method].get_params() | {"random_state": None}
     assert loaded.get_params() == given
-    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "model")) == [".fewer.json", "config.json", "model.safetensors"]
     assert not [name for name in os.listdir(tmp_path) if name not in ("model", ".model.lock")]
 
 
@@ -224,16 +224,16 @@ def test_a_folder_is_never_overwritten_unasked_and_never_if_it_is_no_model(fitte
     classifier = fitted["mono-forward"]
     (tmp_path / "empty").mkdir()
     save_model(classifier, tmp_path / "empty")
-    with pytest.raises(FileExistsError, match="is not empty; expected a new or an empty folder"):
+    with pytest.raises(FileExistsError, match="is not empty; expected a new directory"):
         save_model(classifier, tmp_path / "empty")
     before = (tmp_path / "empty" / "model.safetensors").read_bytes()
     save_model(fitted["forward-forward"], tmp_path / "empty", overwrite=True)
     assert (tmp_path / "empty" / "model.safetensors").read_bytes() != before
     (tmp_path / "empty" / "thesis.tex").write_text("dear")
-    with pytest.raises(FileExistsError, match="other things than a model"):
+    with pytest.raises(FileExistsError, match="holds thesis.tex, which fewer did not write there, and is not replaced"):
         save_model(classifier, tmp_path / "empty", overwrite=True)
     assert (tmp_path / "empty" / "thesis.tex").read_text() == "dear"
-    with pytest.raises(FileExistsError, match="other things than a model"):
+    with pytest.raises(FileExistsError, match="thesis.tex is a file; expected a new directory"):
         save_model(classifier, tmp_path / "empty" / "thesis.tex", overwrite=True)
 
 
@@ -241,7 +241,7 @@ def test_a_write_that_fails_leaves_the_old_model_and_nothing_else(digits, fitted
     _, x, _, _ = digits
     save_model(fitted["mono-forward"], tmp_path / "model")
     monkeypatch.setattr(
-        "fewer.forward_only.backprop_free_mlps.model_files.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        "fewer.forward_only.backprop_free_mlps.estimator.saved_form.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         save_model(fitted["forward-forward"], tmp_path / "model", overwrite=True)

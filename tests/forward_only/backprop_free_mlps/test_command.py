@@ -1,4 +1,4 @@
-"""The verbs train-local and predict-local, each in a process of its own: arrays in, a model and predictions out."""
+"""The verbs train-local and predict-local: arrays in, a model and predictions out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from fewer.forward_only import LocalLearningClassifier
 from fewer.forward_only.backprop_free_mlps.command import predict_local, train_local
 
 
@@ -49,14 +50,14 @@ def test_the_verbs_train_and_predict(fewer, files):
     )
     assert "% of the validation rows right (layer 2)" in told.stdout
     assert "layer 2, epoch 1: loss" in told.stderr
-    assert sorted(file.name for file in (files / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (files / "model").iterdir()) == [".fewer.json", "config.json", "model.safetensors"]
     result = json.loads(fewer(*["predict-local", "model", "test.npz", "--out", "predictions.npz", "--json"], cwd=files).stdout)
     predicted = np.load(files / "predictions.npz")["y"]
     assert result == {"rows": 400, "accuracy": float(np.mean(predicted == np.load(files / "test.npz")["y"])), "out": "predictions.npz"}
     assert result["accuracy"] > 0.95
     again = fewer(*["train-local", "train.npz", "--out", "model"], cwd=files, status=2)
     assert again.stderr.count("\n") == 1
-    assert "model is not empty; expected a new or an empty folder" in again.stderr
+    assert "--out model is not empty; expected a new directory" in again.stderr
 
 
 @pytest.mark.parametrize("method", ["mono-forward", "forward-forward", "cascaded-forward", "backpropagation"])
@@ -144,7 +145,11 @@ def test_a_cut_file_is_refused(files):
     [
         ({"method": "backprop"}, "--method is 'backprop'; expected one of"),
         ({"hidden": "a,b"}, "--hidden is 'a,b'; expected whole numbers"),
-        ({"hidden": "0"}, "hidden_sizes is .*; expected at least one whole number"),
+        ({"hidden": "0"}, "--hidden is '0'; expected whole numbers from 1"),
+        ({"hidden": "99999999999999"}, "--hidden is '99999999999999'; expected whole numbers from 1"),
+        ({"hidden": "1000000,1000000"}, "--hidden 1000000,1000000 takes .* GB for .* rows"),
+        ({"hidden": ",".join("9" * 2000)}, "--hidden has 3999 characters"),
+        ({"method": "cascaded-forward", "channels": "1000000,1000000"}, "--channels 1000000,1000000 takes .* GB"),
         ({"epochs": 0}, "epochs_per_layer is 0"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"method": "cascaded-forward", "channels": "2,2,2,2"}, "too small for 4 blocks"),
@@ -181,3 +186,54 @@ def test_images_that_are_none_are_refused(files):
     np.savez(files / "train.npz", x=np.zeros((20, 64)), y=np.arange(20) % 2)
     with pytest.raises(ValueError, match=r"cascaded-forward expects images \[N, H, W\] or \[N, C, H, W\]"):
         train(files, "cascaded-forward")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(files, monkeypatch):
+    monkeypatch.setattr(LocalLearningClassifier, "fit", lambda *_, **__: pytest.fail("trained"))
+    (files / "mine").mkdir()
+    (files / "mine" / "thesis.tex").write_text("years")
+    (files / "link").symlink_to("nowhere")
+    for out in ("train.npz", "train.npz/model", "mine", "link", "n" * 256):
+        with pytest.raises((OSError, ValueError), match="--out"):
+            train(files, out=files / out)
+    assert sorted(file.name for file in files.iterdir()) == ["link", "mine", "test.npz", "train.npz", "unknown.npz"]
+
+
+def test_predictions_never_replace_what_they_are_made_from(files, fewer):
+    train(files, epochs=1)
+    before = (files / "test.npz").read_bytes()
+    for out in ("test.npz", "model", "link"):
+        (files / "link").unlink(missing_ok=True)
+        (files / "link").symlink_to("nowhere")
+        told = fewer("predict-local", "model", "test.npz", "--out", out, "--overwrite", cwd=files, status=2)
+        assert told.stderr.count("error: ") == told.stderr.count("\n") == 1
+    assert (files / "test.npz").read_bytes() == before
+    predict_local(files / "model", files / "test.npz", out=files / "no_ending")
+    assert np.load(files / "no_ending")["y"].shape == (400,)
+
+
+def test_numbers_and_words_out_of_their_limits_are_refused_in_one_line(files, fewer):
+    for words in (
+        ["--lr", "inf"], ["--lr", "0"], ["--lr", "nan"], ["--seed", "1" + "0" * 30], ["--seed", "-1"], ["--epochs", "0"],
+        ["--device", "nope"], ["--method", "mono-forwrd"], ["--hidden", "99999999999999"], ["--hidden", "-1"], ["--channels", "x"],
+    ):  # fmt: skip
+        told = fewer("train-local", "train.npz", "--out", "new", *words, cwd=files, status=2)
+        assert told.stderr.count("error: ") == told.stderr.count("\n") == 1, told.stderr
+        assert words[0] in told.stderr
+    assert not (files / "new").exists()
+
+
+def test_a_broken_model_is_told_in_one_line(files, fewer):
+    train(files, epochs=1)
+    config, weights = ((files / "model" / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    spoilt = {
+        "config.json": [b"", b"[1]", config[:50], config.replace(b"200", b"99999999999999"), config.replace(b'"format"', b'"fmt"')],
+        "model.safetensors": [b"", weights[: len(weights) // 2], b"\x00" * 64],
+    }
+    for name, contents in spoilt.items():
+        for content in contents:
+            (files / "model" / "config.json").write_bytes(config)
+            (files / "model" / "model.safetensors").write_bytes(weights)
+            (files / "model" / name).write_bytes(content)
+            told = fewer("predict-local", "model", "test.npz", cwd=files, status=2)
+            assert told.stderr.count("error: ") == told.stderr.count("\n") == 1, told.stderr

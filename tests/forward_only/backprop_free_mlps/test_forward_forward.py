@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fewer.forward_only import ForwardForwardConfig, ForwardForwardMLP, fit_forward_forward
 from fewer.forward_only.backprop_free_mlps.forward_forward import ForwardForwardTrainer, learning_rate_factor
-from fewer.forward_only.backprop_free_mlps.label_embedding import embed_labels, embed_neutral, normalised, wrong_labels
+from fewer.forward_only.backprop_free_mlps.layers.label_embedding import embed_labels, embed_neutral, normalised, wrong_labels
 from fewer.meters import counting
 
 

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fewer.forward_only import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
-from fewer.forward_only.backprop_free_mlps.layer_training import BLOCK, LayerTrainer, set_projection_gradient
-from fewer.forward_only.backprop_free_mlps.training import EarlyStopping
+from fewer.forward_only.backprop_free_mlps.layers.layer_training import BLOCK, LayerTrainer, set_projection_gradient
 from fewer.meters import counting, tensor_memory
 from house import ROOT
 
@@ -405,7 +404,7 @@ def test_layers_handed_on_one_by_one_learn_what_the_whole_learns():
 def test_early_stopping_without_a_best_state_keeps_the_first():
     layer = torch.nn.Linear(2, 2)
     before = copy.deepcopy(layer.state_dict())
-    stopping = EarlyStopping([layer], 1)
+    stopping = BestState([layer], 1)
     torch.nn.init.constant_(layer.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="not finite after epoch 1"), stopping:
         stopping.update(0.0, 1)

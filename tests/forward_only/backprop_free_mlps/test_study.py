@@ -8,22 +8,23 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from fewer.fitting import Epoch, History
 from fewer.forward_only.backprop_free_mlps import bench, release
-from fewer.forward_only.backprop_free_mlps.comparison import Images, passes
+from fewer.forward_only.backprop_free_mlps.problems import passes
 from fewer.forward_only.backprop_free_mlps.study import study
-from fewer.forward_only.backprop_free_mlps.training import Epoch, History
 from fewer.study import Scale, Trial
 from fewer.study.trial import FigureEvent, NoteEvent, ObjectiveEvent, TrialSpec
+from fewer.tasks import ImageTask
 
 TWINS = {name: arm.against for name, arm in study.arms.items() if arm.against}
 
 
 @pytest.fixture(scope="module")
-def images() -> Images:
+def images() -> ImageTask:
     x, y = load_digits(return_X_y=True)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = torch.as_tensor(x, dtype=torch.float32)[order].view(-1, 1, 8, 8) / 16, torch.as_tensor(y)[order]
-    return Images((x[:900], y[:900]), (x[900:1200], y[900:1200]), (x[1200:], y[1200:]), classes=10)
+    return ImageTask((x[:900], y[:900]), (x[900:1200], y[900:1200]), (x[1200:], y[1200:]), classes=10, name="digits")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def figure(events: list, name: str) -> float:
 
 def test_every_arm_logs_every_figure_of_the_study(logged):
     curves = {"validation_accuracy", "elapsed"}
-    sometimes = {"train.joules", "train.co2e_kg"}  # where energy is known
+    sometimes = {"joules", "train.co2e_kg"}  # where energy is known
     for events in logged.values():
         names = {event.name for event in events if isinstance(event, FigureEvent)}
         assert {each.name for each in study.figures} - sometimes <= names
@@ -94,7 +95,7 @@ def test_the_kept_inputs_are_beside_the_peak(logged):
     assert figure(logged["bp-mono-forward"], "cache_bytes") == 0
     for events in logged.values():
         kinds = ["parameters", "gradients", "optimizer state", "activations", "temporaries", "buffers"]
-        assert figure(events, "tensor_bytes") == sum(figure(events, f"tensor_bytes.{kind}") for kind in kinds)
+        assert figure(events, "bytes") == sum(figure(events, f"bytes.{kind}") for kind in kinds)
 
 
 def test_passes_leave_the_diagnostic_classifier_out():

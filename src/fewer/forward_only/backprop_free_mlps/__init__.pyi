@@ -1,10 +1,8 @@
-from .backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
 from .cascaded_forward import CascadedForwardCNN, CascadedForwardConfig, fit_cascaded_forward
-from .classifier import LocalLearningClassifier
+from .estimator.classifier import BackpropagationConfig, Epoch, History, LocalLearningClassifier, cnn, fit_backpropagation, mlp
+from .estimator.saved_form import load_model, save_model
 from .forward_forward import ForwardForwardConfig, ForwardForwardMLP, fit_forward_forward
-from .model_files import load_model, save_model
 from .mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
-from .training import Epoch, History
 
 __all__ = [
     "BackpropagationConfig",

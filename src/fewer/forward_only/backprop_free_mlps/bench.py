@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewer.forward_only.backprop_free_mlps.backpropagation import BackpropagationConfig, fit_backpropagation, mlp
+from fewer.fitting import Examples
+from fewer.forward_only._shared.backpropagation import BackpropagationConfig, fit_backpropagation, mlp
 from fewer.forward_only.backprop_free_mlps.forward_forward import ForwardForwardMLP
-from fewer.forward_only.backprop_free_mlps.label_embedding import embed_labels
-from fewer.forward_only.backprop_free_mlps.layer_inputs import LayerInputs
-from fewer.forward_only.backprop_free_mlps.layer_training import LayerTrainer
+from fewer.forward_only.backprop_free_mlps.layers.label_embedding import embed_labels
+from fewer.forward_only.backprop_free_mlps.layers.layer_inputs import LayerInputs
+from fewer.forward_only.backprop_free_mlps.layers.layer_training import LayerTrainer
 from fewer.forward_only.backprop_free_mlps.mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
-from fewer.forward_only.backprop_free_mlps.training import Examples
 from fewer.meters import tensor_memory
 from fewer.study import Bench
 

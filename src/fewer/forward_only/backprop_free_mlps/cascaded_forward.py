@@ -17,26 +17,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fewer.forward_only.backprop_free_mlps.backpropagation import block_output_size, convolution_block
-from fewer.forward_only.backprop_free_mlps.block_feedback import FeedbackTrainer
-from fewer.forward_only.backprop_free_mlps.layer_training import ProjectionTrainer
-from fewer.forward_only.backprop_free_mlps.ridge import fit_ridge
-from fewer.forward_only.backprop_free_mlps.training import (
+from fewer.checks import check_choice, check_not_negative, check_positive, check_whole
+from fewer.fitting import (
     Batches,
+    BestState,
     Callback,
-    EarlyStopping,
     Examples,
     History,
     batches_of,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    check_sizes,
     check_validation,
-    check_whole,
+    fit_stages,
     mean_loss_and_accuracy,
-    train_stage,
+    over_batches,
 )
+from fewer.forward_only._shared.backpropagation import block_output_size, check_precision, check_sizes, convolution_block
+from fewer.forward_only.backprop_free_mlps.layers.block_feedback import FeedbackTrainer
+from fewer.forward_only.backprop_free_mlps.layers.layer_training import ProjectionTrainer
+from fewer.forward_only.backprop_free_mlps.layers.ridge import fit_ridge
 from fewer.meters import memory_for
 
 CHUNK = 128  # images that a block works on at a time: its convolution's output is the largest thing in memory
@@ -81,13 +78,12 @@ class CascadedForwardConfig:
     min_delta: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_choice("blocks", self.blocks, ["random", "dfa"])
-        check_choice("predictor_loss", self.predictor_loss, ["cross_entropy", "mse"])
+        check_choice(["random", "dfa"], blocks=self.blocks)
+        check_choice(["cross_entropy", "mse"], predictor_loss=self.predictor_loss)
         check_positive(lr=self.lr, block_lr=self.block_lr, ridge=self.ridge)
         check_not_negative(weight_decay=self.weight_decay, block_weight_decay=self.block_weight_decay, min_delta=self.min_delta)
         check_whole(epochs=self.epochs, block_epochs=self.block_epochs, batch_size=self.batch_size)
-        if self.patience is not None:
-            check_whole(patience=self.patience)
+        check_whole(optional=["patience"], patience=self.patience)
 
 
 class CascadedForwardCNN(nn.Module):
@@ -201,6 +197,7 @@ def fit_cascaded_forward(
         ('predictor 2', True)
     """
     config = config or CascadedForwardConfig()
+    check_precision(model)
     check_validation(validation, config.patience)
     train = _in_memory(Examples(x, y, num_classes=model.num_classes), model)
     given = Examples.of_validation(validation, num_classes=model.num_classes)
@@ -239,12 +236,11 @@ def _train_blocks(
     generator: torch.Generator | None,
 ) -> None:
     trainer = FeedbackTrainer(model.blocks, model.predictors[-1], config.block_lr, config.block_weight_decay, generator)
-    train_stage(
-        "blocks",
-        trainer.step,
-        lambda: batches_of(*train, config.batch_size, generator=generator, shuffle=True),
-        lambda: mean_loss_and_accuracy(trainer.scores, batches_of(*held_out, CHUNK) if held_out else ()),
-        stopping=EarlyStopping([*model.blocks, trainer.auxiliary], None, stage="blocks"),
+    fit_stages(
+        ["blocks"],
+        over_batches(trainer.step, lambda: batches_of(*train, config.batch_size, generator=generator, shuffle=True)),
+        lambda: [mean_loss_and_accuracy(trainer.scores, batches_of(*held_out, CHUNK) if held_out else ())],
+        state=BestState([*model.blocks, trainer.auxiliary], None, stage="blocks"),
         epochs=config.block_epochs,
         history=history,
         callbacks=callbacks,
@@ -312,8 +308,9 @@ def _train_predictor(
     def batches() -> Batches:
         return batches_of(*train, config.batch_size, generator=generator, shuffle=True)
 
-    stopping = EarlyStopping(trainer.modules, config.patience, config.min_delta, stage)
-    train_stage(stage, trainer.step, batches, validate, stopping=stopping, epochs=config.epochs, history=history, callbacks=callbacks)
+    state = BestState(trainer.modules, config.patience, config.min_delta, stage)
+    epoch = over_batches(trainer.step, batches)
+    fit_stages([stage], epoch, lambda: [validate()], state=state, epochs=config.epochs, history=history, callbacks=callbacks)
 
 
 def _squared_error(scores: Float[Tensor, "batch classes"], y: Int[Tensor, "batch"]) -> Float[Tensor, ""]:

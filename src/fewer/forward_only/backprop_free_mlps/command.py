@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-import zipfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewer.devices import Device, choose_device
+
 if TYPE_CHECKING:
     import numpy as np
 
-    from fewer.forward_only.backprop_free_mlps.training import Epoch
+    from fewer.fitting import Epoch
+
+MANY, WIDEST = 10**9, 10**6
+KEPT = 4  # copies of the weights that training holds: with their gradients and two averages of these
+
+
+class MethodName(StrEnum):
+    """The choices of `--method`."""
+
+    mono_forward = "mono-forward"
+    forward_forward = "forward-forward"
+    cascaded_forward = "cascaded-forward"
+    backpropagation = "backpropagation"
 
 
 def train_local(
     train: Annotated[Path, typer.Argument(help="An .npz file with the arrays `x` [N, ...] and `y` [N].")],
     out: Annotated[Path, typer.Option(help="The folder to write the model into.")],
-    method: Annotated[
-        str, typer.Option(help="mono-forward, forward-forward, cascaded-forward, or backpropagation to compare with.")
-    ] = "mono-forward",
-    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = "1000,1000",
-    channels: Annotated[str, typer.Option(help="Channels of the blocks of cascaded-forward.")] = "32,128,512",
-    lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own by default.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data at most (for each layer in turn); the method's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the initial weights, the order, and the tenth of the rows kept for validation.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that stands in the folder.")] = False,
+    method: Annotated[MethodName, typer.Option(help="How to train; backpropagation to compare with.")] = MethodName.mono_forward,
+    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers, with commas between.")] = "1000,1000",
+    channels: Annotated[str, typer.Option(help="Channels of the blocks of cascaded-forward, with commas between.")] = "32,128,512",
+    lr: Annotated[float | None, typer.Option(min=1e-9, max=10, help="Learning rate; the method's own by default.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Passes over the data at most (for each layer in turn); the method's own.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seeds the initial weights, the order, and the tenth of the rows kept for validation.")
+    ] = 0,
+    device: Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")] = Device.cpu,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what fewer wrote into the folder before.")] = False,
 ) -> None:
     """Train a network layer by layer, without backpropagation, on the arrays of a file.
 
@@ -37,22 +51,28 @@ def train_local(
 
     Example: fewer train-local train.npz --method mono-forward --hidden 1000,1000 --out model
     """
-    from fewer.forward_only.backprop_free_mlps.classifier import METHODS, LocalLearningClassifier
-    from fewer.forward_only.backprop_free_mlps.model_files import check_writable, save_model
-    from fewer.forward_only.backprop_free_mlps.training import check_choice
+    from fewer.checks import check_choice
+    from fewer.files import check_new
+    from fewer.inputs import read_arrays
 
-    check_choice("--method", method, list(METHODS))
-    check_writable(out, overwrite=overwrite)
+    check_choice(list(MethodName), **{"--method": method})
+    widths, blocks, place = _sizes("--hidden", hidden), _sizes("--channels", channels), choose_device(device)
+    check_new(out, overwrite, inputs=[train])
     arrays = read_arrays(train, ["x", "y"])
     x, y = _features(arrays["x"], train), _labels(arrays["y"], train)
+    images = _image_shape(x, train) if method == MethodName.cascaded_forward else None
+    _check_memory(x, widths if images is None else blocks, images)
+    from fewer.forward_only.backprop_free_mlps.estimator.classifier import LocalLearningClassifier
+    from fewer.forward_only.backprop_free_mlps.estimator.saved_form import save_model
+
     classifier = LocalLearningClassifier(
-        method,  # pyright: ignore[reportArgumentType] - checked above
-        hidden_sizes=_sizes("--hidden", hidden),
-        channels=_sizes("--channels", channels),
-        image_shape=_image_shape(x, train) if method == "cascaded-forward" else None,
+        MethodName(method).value,
+        hidden_sizes=widths,
+        channels=blocks,
+        image_shape=images,
         lr=lr,
         epochs=epochs,
-        device=device,
+        device=place,
         random_state=seed,
     )
     with Progress() as progress:
@@ -78,24 +98,28 @@ def predict_local(
 
     Example: fewer predict-local model test.npz --out predictions.npz
     """
+    from fewer.files import check_new_file, whole_file
+    from fewer.inputs import read_arrays
+
+    inputs = [test, folder]
+    if out is not None:
+        check_new_file(out, overwrite, inputs=inputs)
+    arrays = read_arrays(test, ["x"], ["y"])
+    x = _features(arrays["x"], test)
+    y = _labels(arrays["y"], test) if "y" in arrays else None
+    if y is not None and y.shape != (len(x),):
+        raise ValueError(f"{test}: y is {y.shape} for {len(x)} rows of x; expected ({len(x)},): one label a row")
     import numpy as np
 
-    from fewer.forward_only.backprop_free_mlps.model_files import load_model
+    from fewer.forward_only.backprop_free_mlps.estimator.saved_form import load_model
 
-    if out is not None and out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; expected a new file: choose another, or --overwrite")
-    arrays = read_arrays(test, ["x"])
-    x = _features(arrays["x"], test)
-    classifier = load_model(folder)
-    predicted = classifier.predict(x.reshape(len(x), -1))
+    predicted = load_model(folder).predict(x.reshape(len(x), -1))
     result: dict[str, Any] = {"rows": len(x)}
-    if "y" in arrays:
-        y = _labels(arrays["y"], test)
-        if y.shape != (len(x),):
-            raise ValueError(f"{test}: y is {y.shape} for {len(x)} rows of x; expected ({len(x)},): one label a row")
+    if y is not None:
         result["accuracy"] = float(np.mean(predicted == y))
     if out is not None:
-        _write(out, predicted)
+        with whole_file(out, overwrite, inputs=inputs) as part, part.open("wb") as file:
+            np.savez(file, y=predicted)
         result["out"] = str(out)
     if as_json:
         print(json.dumps(result if out is not None else result | {"predictions": predicted.tolist()}))
@@ -142,29 +166,6 @@ class Progress:
             self._bars.console.print(told, soft_wrap=True)
 
 
-def read_arrays(file: Path, needed: list[str]) -> dict[str, np.ndarray]:
-    """The arrays x and y of an .npz file, never unpickled; ValueError or FileNotFoundError where they cannot be had."""
-    import numpy as np
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file; expected an .npz file with the arrays {' and '.join(needed)}")
-    try:
-        with np.load(file, allow_pickle=False) as opened:
-            names = list(opened.files)
-            arrays = {name: opened[name] for name in ("x", "y") if name in names}
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(
-            f"{file} cannot be read as an .npz file of plain arrays ({why}); write it with numpy.savez(file, x=..., y=...), no array of objects"
-        ) from error
-    for name in needed:
-        if name not in arrays:
-            raise ValueError(
-                f"{file} has no array {name!r} (it has {', '.join(names) or 'none'}); write it with numpy.savez(file, x=..., y=...)"
-            )
-    return arrays
-
-
 def _features(x: np.ndarray, file: Path) -> np.ndarray:
     if x.ndim < 2 or x.dtype.kind not in "fiub" or len(x) == 0:
         raise ValueError(f"{file}: x is {x.shape} {x.dtype}; expected numbers [N, ...] with N >= 1: one row an example")
@@ -179,10 +180,33 @@ def _labels(y: np.ndarray, file: Path) -> np.ndarray:
 
 def _sizes(option: str, words: str) -> tuple[int, ...]:
     """The numbers of "1000,1000"."""
+    wanted = f"expected whole numbers from 1 to {WIDEST:,} with commas between, such as 1000,1000"
+    if len(words) > 1000:
+        raise ValueError(f"{option} has {len(words)} characters; {wanted}")
     try:
-        return tuple(int(word) for word in words.split(","))
+        sizes = tuple(int(word) for word in words.split(","))
     except ValueError:
-        raise ValueError(f"{option} is {words!r}; expected whole numbers with commas between, such as 1000,1000") from None
+        raise ValueError(f"{option} is {words!r}; {wanted}") from None
+    if not all(1 <= size <= WIDEST for size in sizes):
+        raise ValueError(f"{option} is {words!r}; {wanted}")
+    return sizes
+
+
+def _check_memory(x: np.ndarray, sizes: tuple[int, ...], images: tuple[int, int, int] | None) -> None:
+    """ValueError where the network's weights, or the features of images that it keeps, are more than the memory that is free."""
+    import psutil
+
+    features, step = (x[0].size, 1) if images is None else (images[0], 9)
+    numbers = KEPT * step * sum(into * out for into, out in zip((features, *sizes), sizes, strict=False))
+    if images is not None:
+        numbers += max(len(x) * out * (images[1] >> place) * (images[2] >> place) for place, out in enumerate(sizes))
+    needed, free = 4 * numbers, psutil.virtual_memory().available
+    if needed > free:
+        option = "--hidden" if images is None else "--channels"
+        raise ValueError(
+            f"{option} {','.join(map(str, sizes))} takes {needed / 1e9:,.1f} GB for {len(x)} rows of {x[0].size} numbers, but {free / 1e9:,.1f} GB "
+            "are free; expected a network that fits: take smaller numbers"
+        )
 
 
 def _image_shape(x: np.ndarray, file: Path) -> tuple[int, int, int]:
@@ -191,17 +215,3 @@ def _image_shape(x: np.ndarray, file: Path) -> tuple[int, int, int]:
         raise ValueError(f"{file}: x is {x.shape}; cascaded-forward expects images [N, H, W] or [N, C, H, W]: reshape it")
     channels, height, width = (1, *x.shape[1:]) if x.ndim == 3 else x.shape[1:]
     return channels, height, width
-
-
-def _write(out: Path, predicted: np.ndarray) -> None:
-    """Write the predictions; the file appears whole or not at all."""
-    import numpy as np
-
-    handle, unfinished = tempfile.mkstemp(dir=out.absolute().parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, y=predicted)
-        os.replace(unfinished, out)
-    except BaseException:
-        os.unlink(unfinished)
-        raise

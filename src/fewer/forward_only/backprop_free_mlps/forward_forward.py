@@ -18,33 +18,31 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from fewer.forward_only.backprop_free_mlps.goodness import PEER_START, goodness, set_layer_gradients
-from fewer.forward_only.backprop_free_mlps.label_embedding import (
+from fewer.checks import check_choice, check_not_negative, check_positive, check_whole
+from fewer.fitting import (
+    Batches,
+    BestState,
+    Callback,
+    Examples,
+    History,
+    check_labels,
+    check_validation,
+    check_width,
+    fit_stages,
+    mean_losses_and_accuracies,
+    over_batches,
+)
+from fewer.forward_only._shared.backpropagation import check_precision, check_sizes
+from fewer.forward_only.backprop_free_mlps.layers.goodness import PEER_START, goodness, set_layer_gradients
+from fewer.forward_only.backprop_free_mlps.layers.label_embedding import (
     Activity,
     LabelledImages,
     embed_neutral,
     normalised,
-    normalising_factor,
+    normalised_output,
     wrong_labels,
 )
-from fewer.forward_only.backprop_free_mlps.local_loss import cross_entropy_gradient, projection_gradient
-from fewer.forward_only.backprop_free_mlps.training import (
-    Batches,
-    Callback,
-    EarlyStopping,
-    Examples,
-    History,
-    check_choice,
-    check_labels,
-    check_not_negative,
-    check_positive,
-    check_sizes,
-    check_validation,
-    check_whole,
-    check_width,
-    mean_losses_and_accuracies,
-    train_stages,
-)
+from fewer.forward_only.backprop_free_mlps.layers.local_loss import cross_entropy_gradient, projection_gradient
 
 CANDIDATE_ROWS = 256  # labelled rows that `forward` has in work at a time: no more than training has
 
@@ -79,12 +77,10 @@ class ForwardForwardConfig:
     patience: int | None = 20
 
     def __post_init__(self) -> None:
-        check_choice("optimizer", self.optimizer, ["adamw", "sgd"])
+        check_choice(["adamw", "sgd"], optimizer=self.optimizer)
         check_positive(lr=self.lr, downstream_lr=self.downstream_lr)
         check_not_negative(weight_decay=self.weight_decay, downstream_weight_decay=self.downstream_weight_decay)
-        check_whole(epochs=self.epochs, batch_size=self.batch_size)
-        if self.patience is not None:
-            check_whole(patience=self.patience)
+        check_whole(optional=["patience"], epochs=self.epochs, batch_size=self.batch_size, patience=self.patience)
 
 
 class ForwardForwardMLP(nn.Module):
@@ -115,7 +111,7 @@ class ForwardForwardMLP(nn.Module):
     def __init__(self, in_features: int, hidden_sizes: Sequence[int], num_classes: int, activation: Literal["relu"] = "relu") -> None:
         super().__init__()
         check_sizes(in_features, hidden_sizes, num_classes)
-        check_choice("activation", activation, ["relu"])
+        check_choice(["relu"], activation=activation)
         if num_classes >= in_features:
             raise ValueError(
                 f"{num_classes} classes and {in_features} input features; expected fewer classes than features, as the label takes the "
@@ -145,7 +141,7 @@ class ForwardForwardMLP(nn.Module):
         return [g for _, g in self._pass(Activity(normalised(x_with_label.flatten(1))))]
 
     def forward(self, x: Float[Tensor, "batch ..."], candidates: Sequence[int] | None = None) -> Float[Tensor, "batch classes"]:
-        """Goodness scores: each candidate label is written into the image in turn, and the layers judge.
+        """Goodness scores, float32 at least: each candidate label is written into the image in turn, and the layers judge.
 
         Args:
             x: images; what stands in the first C entries is not read.
@@ -176,7 +172,7 @@ class ForwardForwardMLP(nn.Module):
         """
         check_width(x, self.in_features)
         passed = self._pass(Activity(normalised(embed_neutral(x.flatten(1), self.num_classes))))
-        outputs = [a * normalising_factor(g, a.shape[1]) for a, g in passed]
+        outputs = [normalised_output(a, g) for a, g in passed]
         return self.downstream(torch.cat(outputs[self.judges], dim=1))
 
     def _candidate_goodness(self, x: Float[Tensor, "batch features"], tried: Int[Tensor, "tried"]) -> Float[Tensor, "batch tried"]:
@@ -190,7 +186,7 @@ class ForwardForwardMLP(nn.Module):
             a = h.preactivation(layer).relu_()
             g = goodness(a)
             yield a, g
-            h = Activity(a * normalising_factor(g, a.shape[1]))
+            h = Activity(normalised_output(a, g))
 
 
 class ForwardForwardTrainer:
@@ -287,6 +283,7 @@ def fit_forward_forward(
         ('network', True)
     """
     config = config or ForwardForwardConfig()
+    check_precision(model)
     check_validation(validation, config.patience)
     train = Examples(x, y, num_classes=model.num_classes, in_features=model.in_features)
     held_out = Examples.of_validation(validation, num_classes=model.num_classes, in_features=model.in_features)
@@ -310,12 +307,11 @@ def fit_forward_forward(
         return [(math.nan, math.nan)] * len(model.layers) + figures
 
     history = History()
-    train_stages(
+    fit_stages(
         stages,
-        trainer.step,
-        epoch,
+        over_batches(trainer.step, epoch),
         validate,
-        stopping=EarlyStopping([model], config.patience),
+        state=BestState([model], config.patience),
         epochs=config.epochs,
         history=history,
         callbacks=list(callbacks),

@@ -11,8 +11,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fewer.forward_only.backprop_free_mlps.layer_inputs import LayerInputs, cache_size
-from fewer.forward_only.backprop_free_mlps.layer_training import (
+from fewer.checks import check_choice, check_not_negative, check_positive, check_whole
+from fewer.fitting import (
+    Batches,
+    BestState,
+    Callback,
+    Examples,
+    History,
+    check_validation,
+    check_width,
+    fit_stages,
+    mean_loss_and_accuracy,
+    mean_losses_and_accuracies,
+    over_batches,
+)
+from fewer.forward_only._shared.backpropagation import check_precision, check_sizes
+from fewer.forward_only.backprop_free_mlps.layers.layer_inputs import LayerInputs, cache_size
+from fewer.forward_only.backprop_free_mlps.layers.layer_training import (
     ACTIVATIONS,
     Activation,
     LayerTrainer,
@@ -20,24 +35,6 @@ from fewer.forward_only.backprop_free_mlps.layer_training import (
     layer_output,
     set_layer_gradients,
     set_projection_gradient,
-)
-from fewer.forward_only.backprop_free_mlps.training import (
-    Batches,
-    Callback,
-    EarlyStopping,
-    Examples,
-    History,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    check_sizes,
-    check_validation,
-    check_whole,
-    check_width,
-    mean_loss_and_accuracy,
-    mean_losses_and_accuracies,
-    train_stage,
-    train_stages,
 )
 
 INPUT_STAGE = "input projection"
@@ -74,12 +71,10 @@ class MonoForwardConfig:
     cache_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, ["sequential", "simultaneous"])
+        check_choice(["sequential", "simultaneous"], schedule=self.schedule)
         check_positive(lr=self.lr)
-        check_whole(epochs_per_layer=self.epochs_per_layer, batch_size=self.batch_size)
+        check_whole(optional=["patience"], epochs_per_layer=self.epochs_per_layer, batch_size=self.batch_size, patience=self.patience)
         check_not_negative(min_delta=self.min_delta, cache_bytes=self.cache_bytes)
-        if self.patience is not None:
-            check_whole(patience=self.patience)
 
 
 class MonoForwardMLP(nn.Module):
@@ -121,8 +116,8 @@ class MonoForwardMLP(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_features, hidden_sizes, num_classes)
-        check_choice("activation", activation, list(ACTIVATIONS))
-        check_choice("prediction", prediction, ["last", "sum"])
+        check_choice(list(ACTIVATIONS), activation=activation)
+        check_choice(["last", "sum"], prediction=prediction)
         self.in_features, self.num_classes = in_features, num_classes
         self.activation: Activation = activation
         self.prediction = prediction
@@ -236,6 +231,7 @@ def fit_mono_forward(
         ('layer 1', True)
     """
     config = config or MonoForwardConfig()
+    check_precision(model)
     check_validation(validation, config.patience)
     train = Examples(x, y, num_classes=model.num_classes, in_features=model.in_features)
     held_out = Examples.of_validation(validation, num_classes=model.num_classes, in_features=model.in_features)
@@ -278,12 +274,11 @@ def _fit_sequentially(
     inputs, held_out_inputs = inputs_of(train), inputs_of(held_out) if held_out else None
 
     def train_to_convergence(stage: str, trainer: ProjectionTrainer | LayerTrainer) -> None:
-        train_stage(
-            stage,
-            trainer.step,
-            lambda: inputs.batches(shuffle=True, generator=generator),
-            lambda: mean_loss_and_accuracy(trainer.scores, held_out_inputs.batches() if held_out_inputs else ()),
-            stopping=EarlyStopping(trainer.modules, config.patience, config.min_delta, stage),
+        fit_stages(
+            [stage],
+            over_batches(trainer.step, lambda: inputs.batches(shuffle=True, generator=generator)),
+            lambda: [mean_loss_and_accuracy(trainer.scores, held_out_inputs.batches() if held_out_inputs else ())],
+            state=BestState(trainer.modules, config.patience, config.min_delta, stage),
             epochs=config.epochs_per_layer,
             history=history,
             callbacks=callbacks,
@@ -333,12 +328,11 @@ def _fit_simultaneously(
         network = goodness[-1] if model.prediction == "last" else torch.stack(goodness[1:]).sum(0)
         return [*goodness[0 if input_trainer else 1 :], network]
 
-    train_stages(
+    fit_stages(
         stages,
-        step,
-        lambda: batches(train, shuffle=True),
+        over_batches(step, lambda: batches(train, shuffle=True)),
         lambda: mean_losses_and_accuracies(scores, batches(held_out), len(stages)),
-        stopping=EarlyStopping([model], config.patience, config.min_delta),
+        state=BestState([model], config.patience, config.min_delta),
         epochs=config.epochs_per_layer,
         history=history,
         callbacks=callbacks,

@@ -10,72 +10,61 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
-from fewer.data import load_cifar10, load_fashion_mnist, load_mnist
+from fewer.forward_only._shared.backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
 from fewer.forward_only.backprop_free_mlps import release
-from fewer.forward_only.backprop_free_mlps.backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
 from fewer.forward_only.backprop_free_mlps.cascaded_forward import CascadedForwardCNN, CascadedForwardConfig, fit_cascaded_forward
-from fewer.forward_only.backprop_free_mlps.comparison import NETWORK, Images, Pair, compare
 from fewer.forward_only.backprop_free_mlps.forward_forward import ForwardForwardConfig, ForwardForwardMLP, fit_forward_forward
 from fewer.forward_only.backprop_free_mlps.mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
+from fewer.forward_only.backprop_free_mlps.problems import NETWORK, compare
 from fewer.study import Bars, Curve, Difference, Figure, LogUniform, Results, Scale, Study, Tradeoff, Trial
+from fewer.tasks import IMAGES_HELP, ImageTask, image_task
 
-TRAIN, VALIDATION = 8_000, 2_000  # images at quick scale; at full scale all of them, a tenth for validation
+TRAIN, VALIDATION = 10_000, 5_000  # images at quick scale; at full scale all of them, a tenth for validation
 
 study = Study(
     "backprop-free-mlps",
     question="What do accuracy, time, memory and energy become when no layer waits for a backward pass?",
     figures=[
         Figure("accuracy", "test accuracy", "%", "higher"),
-        Figure("train.seconds", "time to the stopped model", "s"),
+        Figure("seconds", "time to the stopped model", "s"),
+        Figure("cpu_seconds", "its processor time", "s"),
         Figure("epoch_seconds", "time per pass over the data", "s"),
         Figure("epochs", "passes (in turn: of every layer)", "", ""),
-        Figure("train.joules", "energy", "J"),
+        Figure("joules", "energy", "J"),
         Figure("flops", "floating-point operations", "FLOP"),
         Figure("train.backward_passes", "backward passes", ""),
-        Figure("tensor_bytes", "peak tensor bytes", "bytes"),
+        Figure("bytes", "peak tensor bytes", "bytes"),
         Figure("cache_bytes", "kept features beside that", "bytes"),
-        Figure("tensor_bytes.parameters", "of which parameters", "bytes", detail=True),
-        Figure("tensor_bytes.gradients", "of which gradients", "bytes", detail=True),
-        Figure("tensor_bytes.optimizer state", "of which optimiser state", "bytes", detail=True),
-        Figure("tensor_bytes.activations", "of which activations", "bytes", detail=True),
-        Figure("tensor_bytes.temporaries", "of which temporaries", "bytes", detail=True),
-        Figure("tensor_bytes.buffers", "of which buffers", "bytes", detail=True),
+        Figure("bytes.parameters", "of which parameters", "bytes", detail=True),
+        Figure("bytes.gradients", "of which gradients", "bytes", detail=True),
+        Figure("bytes.optimizer state", "of which optimiser state", "bytes", detail=True),
+        Figure("bytes.activations", "of which activations", "bytes", detail=True),
+        Figure("bytes.temporaries", "of which temporaries", "bytes", detail=True),
+        Figure("bytes.buffers", "of which buffers", "bytes", detail=True),
         Figure("kept_state_bytes", "a state kept for early stopping, beside that", "bytes", detail=True),
-        Figure("train.peak_memory", "peak resident memory", "bytes", detail=True),
+        Figure("peak_memory", "peak resident memory", "bytes", detail=True),
         Figure("train.co2e_kg", "CO2 equivalent", "kg", detail=True),
         Figure("validation_accuracy", "validation accuracy", "%", "higher"),
         Figure("elapsed", "seconds of training", "s"),
     ],
     charts=[
         Curve("validation_accuracy", over="epoch", x="elapsed", title="Validation accuracy over seconds of training"),
-        Bars(("train.seconds", "train.joules", "tensor_bytes", "flops"), title="Time, energy, memory and operations beside the twin's"),
+        Bars(("cpu_seconds", "joules", "bytes", "flops"), title="Time, energy, memory and operations beside the twin's"),
         Difference("accuracy", title="Test accuracy minus the twin's"),
-        Tradeoff("accuracy", "train.joules", log=True, title="Test accuracy against energy"),
+        Tradeoff("accuracy", "joules", log=True, title="Test accuracy against energy"),
     ],
     time_limit=6 * 3600,
 )
-study.option("data", "fashion-mnist", choices=list(release.NORMALISATION), help="the images to learn")
+study.option("data", "fashion-mnist", help=IMAGES_HELP)
 
 
 @study.task
-def task(scale: Scale, data: str) -> Images:
-    load = {"mnist": load_mnist, "fashion-mnist": load_fashion_mnist, "cifar-10": load_cifar10}[data]
-    train, test = load("train"), load("test")
-    order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(0)).numpy()
-    kept, held_out = (TRAIN, VALIDATION) if scale is Scale.QUICK else (len(order) - len(order) // 10, len(order) // 10)
-
-    def normalised(x: np.ndarray, y: np.ndarray) -> Pair:
-        mean, deviation = release.NORMALISATION[data]
-        pixels = torch.as_tensor(x).float().div_(255).sub_(mean).div_(deviation)
-        return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels, torch.as_tensor(y)
-
-    parts = [order[:kept], order[kept : kept + held_out]]
-    kept_rows, held_out_rows = (normalised(train.x[rows], train.y[rows]) for rows in parts)
-    return Images(kept_rows, held_out_rows, normalised(test.x, test.y), classes=10)
+def task(scale: Scale, data: str) -> ImageTask:
+    train, validation = (TRAIN, VALIDATION) if scale is Scale.QUICK else (None, None)
+    return image_task(data, train=train, validation=validation, normalise=release.NORMALISATION.get(data))
 
 
 # The arms
@@ -89,15 +78,15 @@ def _fields(config: Any, trial: Trial) -> dict[str, Any]:
     return {field.name: trial.settings[field.name] for field in fields(config) if field.name in trial.settings}
 
 
-def _mlp(make: Callable[..., nn.Module], images: Images, trial: Trial) -> Callable[[], nn.Module]:
+def _mlp(make: Callable[..., nn.Module], images: ImageTask, trial: Trial) -> Callable[[], nn.Module]:
     sizes = [trial.settings["width"]] * trial.settings["depth"]
     return lambda: make(images.train[0][0].numel(), sizes, images.classes)
 
 
-def _cnn(make: Callable[..., nn.Module], images: Images, trial: Trial) -> Callable[[], nn.Module]:
-    channels, height, _ = images.train[0].shape[1:]
+def _cnn(make: Callable[..., nn.Module], images: ImageTask, trial: Trial) -> Callable[[], nn.Module]:
+    channels, *size = images.shape
     sizes = [trial.settings["channels"] << step * trial.settings["growth"] for step in range(3)]  # 16, 32, 64 or 32, 128, 512
-    return lambda: in_channels_last(make(channels, height, sizes, images.classes))
+    return lambda: in_channels_last(make(channels, tuple(size), sizes, images.classes))
 
 
 def in_channels_last(model: nn.Module) -> nn.Module:
@@ -105,7 +94,7 @@ def in_channels_last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stubs lack this form
 
 
-def _mono_forward(images: Images, trial: Trial, schedule: Literal["sequential", "simultaneous"], last: str) -> None:
+def _mono_forward(images: ImageTask, trial: Trial, schedule: Literal["sequential", "simultaneous"], last: str) -> None:
     config = MonoForwardConfig(schedule=schedule, epochs_per_layer=trial.settings["epochs"], **_fields(MonoForwardConfig, trial))
     compare(images, trial, _mlp(MonoForwardMLP, images, trial), fit_mono_forward, config, lambda stage: stage.startswith(last))
 
@@ -131,7 +120,7 @@ MF = {"width": 500, "depth": 2, "epochs": 40, "patience": 3}
     at_full=at_full(release.MONO_FORWARD, patience=10),
     space={"lr": LR},
 )
-def mono_forward(images: Images, trial: Trial) -> None:
+def mono_forward(images: ImageTask, trial: Trial) -> None:
     _mono_forward(images, trial, "sequential", last="layer")
 
 
@@ -143,11 +132,11 @@ def mono_forward(images: Images, trial: Trial) -> None:
     at_full=at_full(release.MONO_FORWARD, epochs=100, patience=10),
     space={"lr": LR},
 )
-def mono_forward_simultaneous(images: Images, trial: Trial) -> None:
+def mono_forward_simultaneous(images: ImageTask, trial: Trial) -> None:
     _mono_forward(images, trial, "simultaneous", last=NETWORK)
 
 
-def _backpropagation(images: Images, trial: Trial, make: Callable[[], nn.Module]) -> None:
+def _backpropagation(images: ImageTask, trial: Trial, make: Callable[[], nn.Module]) -> None:
     config = BackpropagationConfig(**_fields(BackpropagationConfig, trial))
     compare(images, trial, make, fit_backpropagation, config, lambda stage: True)
 
@@ -162,7 +151,7 @@ BP_SPACE = {"lr": LR, "weight_decay": WEIGHT_DECAY}
     at_full=at_full(release.BACKPROPAGATION, release.MONO_FORWARD, epochs=100, patience=10),
     space=BP_SPACE,
 )
-def bp_mono_forward(images: Images, trial: Trial) -> None:
+def bp_mono_forward(images: ImageTask, trial: Trial) -> None:
     _backpropagation(images, trial, _mlp(mlp, images, trial))
 
 
@@ -177,7 +166,7 @@ FF = {"width": 500, "depth": 3, "epochs": 30, "patience": 3}
     at_full=at_full(release.FORWARD_FORWARD, epochs=100, patience=20),
     space=BP_SPACE,
 )
-def forward_forward(images: Images, trial: Trial) -> None:
+def forward_forward(images: ImageTask, trial: Trial) -> None:
     config = ForwardForwardConfig(**_fields(ForwardForwardConfig, trial))
     compare(images, trial, _mlp(ForwardForwardMLP, images, trial), fit_forward_forward, config, lambda stage: stage == NETWORK)
 
@@ -189,14 +178,14 @@ def forward_forward(images: Images, trial: Trial) -> None:
     at_full=at_full(release.BACKPROPAGATION, release.FORWARD_FORWARD, epochs=100, patience=10),
     space=BP_SPACE,
 )
-def bp_forward_forward(images: Images, trial: Trial) -> None:
+def bp_forward_forward(images: ImageTask, trial: Trial) -> None:
     _backpropagation(images, trial, _mlp(mlp, images, trial))
 
 
 CAFO = {"channels": 16, "growth": 1, "epochs": 40, "patience": 3}
 
 
-def _cascaded_forward(images: Images, trial: Trial, **kind: Any) -> None:
+def _cascaded_forward(images: ImageTask, trial: Trial, **kind: Any) -> None:
     config = CascadedForwardConfig(**kind, **_fields(CascadedForwardConfig, trial))
     compare(images, trial, _cnn(CascadedForwardCNN, images, trial), fit_cascaded_forward, config, lambda stage: stage != "blocks")
 
@@ -209,7 +198,7 @@ def _cascaded_forward(images: Images, trial: Trial, **kind: Any) -> None:
     at_full=at_full(release.CAFO_RANDOM, patience=7, channels=32, growth=2),
     space=BP_SPACE,
 )
-def cafo_rand(images: Images, trial: Trial) -> None:
+def cafo_rand(images: ImageTask, trial: Trial) -> None:
     _cascaded_forward(images, trial)
 
 
@@ -221,7 +210,7 @@ def cafo_rand(images: Images, trial: Trial) -> None:
     at_full={"channels": 32, "growth": 2},
     space={"ridge": LogUniform(1e-5, 1e-1, start=1e-3)},
 )
-def cafo_rand_mse(images: Images, trial: Trial) -> None:
+def cafo_rand_mse(images: ImageTask, trial: Trial) -> None:
     _cascaded_forward(images, trial, predictor_loss="mse")
 
 
@@ -233,7 +222,7 @@ def cafo_rand_mse(images: Images, trial: Trial) -> None:
     at_full=at_full(release.CAFO_FEEDBACK, patience=7, channels=32, growth=2),
     space=BP_SPACE | {"block_lr": LR, "block_weight_decay": WEIGHT_DECAY},
 )
-def cafo_dfa(images: Images, trial: Trial) -> None:
+def cafo_dfa(images: ImageTask, trial: Trial) -> None:
     _cascaded_forward(images, trial, blocks="dfa")
 
 
@@ -244,7 +233,7 @@ def cafo_dfa(images: Images, trial: Trial) -> None:
     at_full=at_full(release.BACKPROPAGATION, epochs=100, patience=10, channels=32, growth=2),
     space=BP_SPACE,
 )
-def bp_cafo(images: Images, trial: Trial) -> None:
+def bp_cafo(images: ImageTask, trial: Trial) -> None:
     _backpropagation(images, trial, _cnn(cnn, images, trial))
 
 
@@ -254,28 +243,28 @@ def bp_cafo(images: Images, trial: Trial) -> None:
 @study.claim(
     "Mono-Forward is at least as accurate as its backpropagation twin",
     paper="+0.51 points on Fashion-MNIST (2x1000), +0.09 on MNIST",
-    if_fails="the paper trains wider layers (1000) on six times the images; here the greedy layers stop a little short of the twin",
+    if_fails="the paper trains wider layers on more images; here the greedy layers stop a little short of the twin",
 )
 def mono_forward_accuracy(results: Results) -> Any:
     return results.difference("accuracy", "mono-forward", "bp-mono-forward") >= 0
 
 
 @study.claim(
-    "Mono-Forward takes less time than its twin",
+    "Mono-Forward takes less processor time than its twin",
     paper="+18.2 % on Fashion-MNIST, -12.1 % on MNIST",
     if_fails="its layers train one after the other, each with its own early stopping, and so make more passes over the data than the twin",
 )
 def mono_forward_time(results: Results) -> Any:
-    return results.ratio("train.seconds", "mono-forward", "bp-mono-forward") < 1
+    return results.ratio("cpu_seconds", "mono-forward", "bp-mono-forward") < 1
 
 
 @study.claim(
-    "Forward-Forward takes at least 3 times its twin's time",
+    "Forward-Forward takes at least 3 times its twin's processor time",
     paper="13.3 times on Fashion-MNIST, 4.4 times on MNIST",
-    if_fails="the epochs are capped at 30 here, where Forward-Forward still improves",
+    if_fails="the epochs are capped here, where Forward-Forward still improves",
 )
 def forward_forward_time(results: Results) -> Any:
-    return results.ratio("train.seconds", "forward-forward", "bp-forward-forward") >= 3
+    return results.ratio("cpu_seconds", "forward-forward", "bp-forward-forward") >= 3
 
 
 @study.claim(
@@ -301,7 +290,7 @@ def feedback_helps(results: Results) -> Any:
     paper="-6.7 % on Fashion-MNIST and MNIST",
 )
 def random_blocks_memory(results: Results) -> Any:
-    return results.ratio("tensor_bytes", "cafo-rand", "bp-cafo") < 1
+    return results.ratio("bytes", "cafo-rand", "bp-cafo") < 1
 
 
 @study.claim(
@@ -310,26 +299,19 @@ def random_blocks_memory(results: Results) -> Any:
     if_fails="its gradients exist one layer at a time here, where the released code holds all of them",
 )
 def forward_forward_memory(results: Results) -> Any:
-    return results.ratio("tensor_bytes", "forward-forward", "bp-forward-forward") >= 1
+    return results.ratio("bytes", "forward-forward", "bp-forward-forward") >= 1
 
 
 @study.summary
 def summary(results: Results) -> str:
-    def percent(arm: str) -> str:
-        return f"{100 * results.mean('accuracy', arm).value:.1f} %"
-
-    def times(figure: str, arm: str, twin: str) -> str:
-        return f"{results.ratio(figure, arm, twin).value:.2g}x"
-
-    passes = results.mean("train.backward_passes", "mono-forward").value
+    say, passes = results.say, results.mean("train.backward_passes", "mono-forward").value
     return (
-        f"On this machine Mono-Forward reached {percent('mono-forward')} where backpropagation reached {percent('bp-mono-forward')}, "
-        f"with {passes:.0f} backward passes, {times('tensor_bytes', 'mono-forward', 'bp-mono-forward')} the memory (beside "
-        f"{results.mean('cache_bytes', 'mono-forward').value / 1e6:.0f} MB of kept features) and "
-        f"{times('train.seconds', 'mono-forward', 'bp-mono-forward')} the time; "
-        f"Forward-Forward reached {percent('forward-forward')} where backpropagation reached {percent('bp-forward-forward')}, in "
-        f"{times('train.seconds', 'forward-forward', 'bp-forward-forward')} the time; "
-        f"Cascaded-Forward reached {percent('cafo-rand')} with random blocks and {percent('cafo-dfa')} with trained ones where "
-        f"backpropagation reached {percent('bp-cafo')}, in {times('train.seconds', 'cafo-rand', 'bp-cafo')} and "
-        f"{times('train.seconds', 'cafo-dfa', 'bp-cafo')} the time."
+        f"On this machine Mono-Forward reached {say('accuracy', 'mono-forward')} where backpropagation reached "
+        f"{say('accuracy', 'bp-mono-forward')}, with {passes:.0f} backward passes, {say('bytes', 'mono-forward', 'bp-mono-forward')} the memory "
+        f"(beside {say('cache_bytes', 'mono-forward')} of kept features) and {say('cpu_seconds', 'mono-forward', 'bp-mono-forward')} the "
+        f"processor time; Forward-Forward reached {say('accuracy', 'forward-forward')} where backpropagation reached "
+        f"{say('accuracy', 'bp-forward-forward')}, in {say('cpu_seconds', 'forward-forward', 'bp-forward-forward')} the processor time; "
+        f"Cascaded-Forward reached {say('accuracy', 'cafo-rand')} with random blocks and {say('accuracy', 'cafo-dfa')} with trained ones where "
+        f"backpropagation reached {say('accuracy', 'bp-cafo')}, in {say('cpu_seconds', 'cafo-rand', 'bp-cafo')} and "
+        f"{say('cpu_seconds', 'cafo-dfa', 'bp-cafo')} the processor time."
     )

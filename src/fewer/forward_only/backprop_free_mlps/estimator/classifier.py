@@ -17,11 +17,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.forward_only.backprop_free_mlps.backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
+from fewer.checks import check_choice
+from fewer.fitting import Callback, History, check_features, evaluating
+from fewer.fitting import Epoch as Epoch
+from fewer.forward_only._shared.backpropagation import BackpropagationConfig, cnn, fit_backpropagation, mlp
 from fewer.forward_only.backprop_free_mlps.cascaded_forward import CascadedForwardCNN, CascadedForwardConfig, fit_cascaded_forward
 from fewer.forward_only.backprop_free_mlps.forward_forward import ForwardForwardConfig, ForwardForwardMLP, fit_forward_forward
 from fewer.forward_only.backprop_free_mlps.mono_forward import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
-from fewer.forward_only.backprop_free_mlps.training import Callback, check_choice, check_features
 
 MethodName = Literal["mono-forward", "forward-forward", "cascaded-forward", "backpropagation"]
 Config = MonoForwardConfig | ForwardForwardConfig | CascadedForwardConfig | BackpropagationConfig
@@ -85,6 +87,7 @@ class LocalLearningClassifier(ClassifierMixin, BaseEstimator):
     """
 
     n_features_in_: int
+    history_: History
 
     def __init__(
         self,
@@ -195,7 +198,7 @@ class LocalLearningClassifier(ClassifierMixin, BaseEstimator):
         return len(self.classes_) if self.method == "forward-forward" else 0
 
     def _chosen_config(self) -> Config:
-        check_choice("method", self.method, list(METHODS))
+        check_choice(METHODS, method=self.method)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; expected at least 0 and less than 1")
         method = METHODS[self.method]
@@ -225,7 +228,8 @@ class LocalLearningClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         x: Any = validate_data(self, X=X, reset=False, dtype=FLOATS, ensure_all_finite=False)  # pyright: ignore[reportArgumentType]
         scores = []
-        for block in self._inputs(x).split(BLOCK):
-            whole = torch.cat([block, block.new_zeros(BLOCK - len(block), *block.shape[1:])])
-            scores.append(self.model_(whole)[: len(block)])
+        with evaluating(self.model_):
+            for block in self._inputs(x).split(BLOCK):
+                whole = torch.cat([block, block.new_zeros(BLOCK - len(block), *block.shape[1:])])
+                scores.append(self.model_(whole)[: len(block)])
         return torch.cat(scores).cpu()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.utils.validation import check_is_fitted
 
-from fewer.forward_only.backprop_free_mlps.classifier import METHODS, LocalLearningClassifier
+from fewer.files import made_whole, read_json, read_weights
+from fewer.forward_only.backprop_free_mlps.estimator.classifier import METHODS, LocalLearningClassifier
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "fewer local learning 1"
@@ -27,10 +25,10 @@ def save_model(classifier: LocalLearningClassifier, folder: str | Path, *, overw
     Args:
         classifier: fitted, its labels integers, booleans or strings.
         folder: where to; made, if it does not exist or is empty.
-        overwrite: replace a model that stands there. A folder that holds anything else is never replaced.
+        overwrite: replace a model that fewer wrote there. A folder that holds anything else is never replaced.
 
     Raises:
-        FileExistsError: the folder is not empty.
+        FileExistsError: the folder is not empty, or holds what fewer did not write there.
         NotFittedError: the classifier is not fitted.
         ValueError: labels of another kind.
 
@@ -44,21 +42,11 @@ def save_model(classifier: LocalLearningClassifier, folder: str | Path, *, overw
         True
     """
     check_is_fitted(classifier)
-    target = Path(folder).absolute()
     description = _describe(classifier)
-    check_writable(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
-        new, old = Path(room) / "new", Path(room) / "old"
-        new.mkdir()
+    with made_whole(folder, overwrite) as part:
         weights = {name: value.detach().cpu().contiguous() for name, value in classifier.model_.state_dict().items()}
-        save_file(weights, new / WEIGHTS)
-        (new / CONFIG).write_text(json.dumps(description, indent=2, default=_plain) + "\n", encoding="utf8")
-        with FileLock(target.parent / f".{target.name}.lock"):
-            check_writable(target, overwrite=overwrite)
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
+        save_file(weights, part / WEIGHTS)
+        (part / CONFIG).write_text(json.dumps(description, indent=2, default=_plain) + "\n", encoding="utf8")
 
 
 def load_model(folder: str | Path) -> LocalLearningClassifier:
@@ -73,32 +61,21 @@ def load_model(folder: str | Path) -> LocalLearningClassifier:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; expected a folder that `fewer train-local` or save_model wrote")
     try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf8"))
-        classifier = _classifier(description)
+        classifier = _classifier(read_json(folder / CONFIG))
         with torch.device("meta"):  # the sizes are only a claim until the weights bear them out: nothing of theirs is allocated
             classifier.model_ = classifier.build_network()
-        classifier.model_.load_state_dict(load_file(folder / WEIGHTS), assign=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        weights = read_weights(folder / WEIGHTS)
+        for name, value in weights.items():
+            if value.dtype != torch.float32 and value.is_floating_point():
+                raise ValueError(f"{name} is {value.dtype}; expected torch.float32")
+        classifier.model_.load_state_dict(weights, assign=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         why = " ".join(str(error).split())
         raise ValueError(
             f"{folder} holds no model that can be read ({type(error).__name__}: {why}); write it anew with train-local"
         ) from error
     classifier.model_.eval()
     return classifier
-
-
-def check_writable(folder: str | Path, *, overwrite: bool) -> None:
-    """FileExistsError unless a model may be written there: no folder, an empty one, or with `overwrite` a model's."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    held = {file.name for file in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if not held and folder.is_dir():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} is not empty; expected a new or an empty folder: choose another, or --overwrite (overwrite=True)")
-    if not folder.is_dir() or held != {CONFIG, WEIGHTS}:
-        raise FileExistsError(f"{folder} holds other things than a model, and they are not overwritten; choose another folder")
 
 
 def _plain(value: Any) -> Any:

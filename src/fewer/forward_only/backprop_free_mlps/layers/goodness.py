@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.forward_only.backprop_free_mlps.label_embedding import Activity, LabelledImages, normalising_factor
+from fewer.forward_only.backprop_free_mlps.layers.label_embedding import Activity, LabelledImages, normalised_output
 
 PEER_WEIGHT = 0.03
 PEER_START = 0.5
@@ -23,8 +23,8 @@ PEER_RATE = 0.1  # share of the newest batch in the running mean
 
 
 def goodness(a: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
-    """g = the sum of a row's squares."""
-    return a.square().sum(1)
+    """g = the sum of a row's squares, float32 at least: 16 bits do not tell sums over thousands of units apart."""
+    return a.square().sum(1, dtype=torch.promote_types(a.dtype, torch.float32))
 
 
 def contrast_loss(g: Float[Tensor, "batch"], width: int, true: Float[Tensor, "batch"]) -> Float[Tensor, ""]:
@@ -63,11 +63,11 @@ def set_layer_gradients(
     """
     a = h.preactivation(layer).relu_()
     rows, width = len(a) // 2, a.shape[1]
-    true = a.new_zeros(2 * rows)
-    true[:rows] = 1
     g = goodness(a)
+    true = torch.zeros_like(g)
+    true[:rows] = 1
     m.copy_(peer_mean(m, a[:rows]))
-    output = a * normalising_factor(g, width)
+    output = normalised_output(a, g)
     dz = a.mul_(2 * goodness_gradient(g, width, true)[:, None])
     dz[:rows] += peer_gradient(m, rows)
     layer.weight.grad, layer.bias.grad = h.weight_gradient(dz), dz.sum(0)

@@ -25,6 +25,11 @@ def normalised(z: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
     return z * normalising_factor(z.square().sum(1), z.shape[1])
 
 
+def normalised_output(a: Float[Tensor, "batch width"], square_sum: Float[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
+    """The same for rows whose sums of squares are there, in a's dtype."""
+    return (a * normalising_factor(square_sum, a.shape[1])).to(a.dtype)
+
+
 def embed_labels(x: Float[Tensor, "batch features"], labels: Int[Tensor, "batch"], num_classes: int) -> Float[Tensor, "batch features"]:
     """A copy of x with one-hot(label) in its first C entries.
 

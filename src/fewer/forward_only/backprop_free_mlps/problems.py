@@ -1,40 +1,29 @@
-"""How every arm of the study is run: fit, accuracy once on the test images, costs; what slows a fit down to watch is taken afterwards."""
+"""What is solved, images to be learnt, and how every arm is watched at it: fit, accuracy once on the test images, costs; what slows a fit down to watch is taken afterwards."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewer import meters
+from fewer.fitting import Epoch, History
 from fewer.forward_only.backprop_free_mlps.mono_forward import INPUT_STAGE
-from fewer.forward_only.backprop_free_mlps.training import Epoch, History
+from fewer.tasks import ImageTask, accuracy
 
 NETWORK = "network"  # the stage that stands for all of a network's layers, trained side by side
+COSTS = ("seconds", "cpu_seconds", "peak_memory", "joules")
 SHORT = 4  # batches of the short fits
-CHUNK = 128  # test images at a time
 
 Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Images:
-    """Normalised images [N, C, H, W] with their labels."""
-
-    train: Pair
-    validation: Pair
-    test: Pair
-    classes: int
-
-
 Fit = Callable[..., History]
 
 
-def compare(images: Images, trial: Any, make: Callable[[], nn.Module], fit: Fit, config: Any, stages: Callable[[str], bool]) -> None:
+def compare(images: ImageTask, trial: Any, make: Callable[[], nn.Module], fit: Fit, config: Any, stages: Callable[[str], bool]) -> None:
     """Fit, then log accuracy and costs. `stages` says which stages' validation accuracies are those of the network so far."""
     x, y = _to(trial.device, images.train)
     model = make().to(trial.device)
@@ -47,12 +36,15 @@ def compare(images: Images, trial: Any, make: Callable[[], nn.Module], fit: Fit,
         trial.progress(*_progress(line, config), f"{line.stage}: {100 * line.validation_accuracy:.1f} % on validation data")
 
     generator = torch.Generator().manual_seed(trial.seed)
-    with trial.measure("train"):
+    with trial.measure("train") as cost:
         history = fit(model, x, y, validation=_to(trial.device, images.validation), config=config, callbacks=[follow], generator=generator)
     kept = [line for line in shown if line.epoch == history.best[line.stage]]
     trial.objective(kept[-1].validation_accuracy)
     if trial.tuning:
         return
+    for figure in COSTS:
+        if figure in cost.figures():
+            trial.log(figure, cost.figures()[figure])
     trial.log("accuracy", accuracy(model, _to(trial.device, images.test)))
     for number, line in enumerate(shown, start=1):
         trial.log("validation_accuracy", line.validation_accuracy, epoch=number)
@@ -79,7 +71,7 @@ def passes(history: History) -> tuple[int, float]:
     return len(history.epochs) - len(diagnostic), history.seconds - (diagnostic[-1].seconds if diagnostic else 0.0)
 
 
-def _watch(images: Images, trial: Any, make: Callable[[], nn.Module], fit: Fit, config: Any, history: History) -> None:
+def _watch(images: ImageTask, trial: Any, make: Callable[[], nn.Module], fit: Fit, config: Any, history: History) -> None:
     """Tensor bytes and FLOPs, from short fits of the same shape."""
     rows = SHORT * config.batch_size
     share = rows / len(images.train[0])
@@ -90,9 +82,9 @@ def _watch(images: Images, trial: Any, make: Callable[[], nn.Module], fit: Fit, 
     model = make().to(trial.device)
     with meters.tensor_memory(model, beside=["kept inputs", "kept states"]) as peak:
         fit(model, *short[0], validation=short[1], config=_short(config, epochs=1))
-    trial.log("tensor_bytes", peak.total)
+    trial.log("bytes", peak.total)
     for kind in ("parameters", "gradients", "optimizer state", "activations", "temporaries", "buffers"):
-        trial.log(f"tensor_bytes.{kind}", peak.bytes.get(kind, 0))
+        trial.log(f"bytes.{kind}", peak.bytes.get(kind, 0))
     trial.log("kept_state_bytes", peak.beside["kept states"])
 
     counted: list[tuple[str, int]] = []
@@ -128,14 +120,6 @@ def _short(config: Any, epochs: int) -> Any:
 def _progress(line: Epoch, config: Any) -> tuple[int, int]:
     """Epochs done and to do at most, of the stage in training."""
     return line.epoch, max(getattr(config, field.name) for field in fields(config) if "epochs" in field.name)
-
-
-def accuracy(model: nn.Module, data: Pair) -> float:
-    """The fraction of images whose highest score is their label's."""
-    model.eval()
-    with torch.no_grad():
-        right = sum((model(x).argmax(1) == y).sum() for x, y in zip(data[0].split(CHUNK), data[1].split(CHUNK), strict=True))
-    return float(right) / len(data[1])
 
 
 def _to(device: str, pair: Pair) -> Pair:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.forward_only.backprop_free_mlps.local_loss import softmax_error
+from fewer.forward_only.backprop_free_mlps.layers.local_loss import softmax_error
 
 
 def random_feedback(classes: int, width: int, like: Tensor, generator: torch.Generator | None = None) -> Float[Tensor, "classes width"]:

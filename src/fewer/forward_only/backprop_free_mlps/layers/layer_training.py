@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.forward_only.backprop_free_mlps.local_loss import activation_gradient, cross_entropy_gradient, projection_gradient
+from fewer.forward_only.backprop_free_mlps.layers.local_loss import activation_gradient, cross_entropy_gradient, projection_gradient
 
 Activation = Literal["relu", "tanh"]
 ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_}

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,21 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fewer.forward_only.backprop_free_mlps.training import (
+from fewer.checks import check_not_negative, check_positive, check_whole, is_whole
+from fewer.fitting import (
     Batches,
+    BestState,
     Callback,
-    EarlyStopping,
     Examples,
     History,
     check_features,
-    check_not_negative,
-    check_positive,
-    check_sizes,
     check_validation,
-    check_whole,
+    evaluating,
+    fit_stages,
     mean_loss_and_accuracy,
-    train_stage,
+    over_batches,
 )
+from fewer.tasks import networks
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class BackpropagationConfig:
     def __post_init__(self) -> None:
         check_positive(lr=self.lr)
         check_not_negative(weight_decay=self.weight_decay, min_delta=self.min_delta)
-        check_whole(epochs=self.epochs, batch_size=self.batch_size)
-        if self.patience is not None:
-            check_whole(patience=self.patience)
+        check_whole(optional=["patience"], epochs=self.epochs, batch_size=self.batch_size, patience=self.patience)
 
 
 def mlp(in_features: int, hidden_sizes: Sequence[int], num_classes: int) -> nn.Sequential:
@@ -77,8 +76,7 @@ def mlp(in_features: int, hidden_sizes: Sequence[int], num_classes: int) -> nn.S
         torch.Size([5, 10])
     """
     check_sizes(in_features, hidden_sizes, num_classes)
-    hidden = [part for into, width in itertools.pairwise([in_features, *hidden_sizes]) for part in (nn.Linear(into, width), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(hidden_sizes[-1], num_classes))
+    return networks.mlp((in_features,), num_classes, hidden_sizes)
 
 
 def cnn(
@@ -124,6 +122,24 @@ def block_output_size(image_size: int | tuple[int, int], blocks: int) -> tuple[i
     return height >> blocks, width >> blocks
 
 
+def check_sizes(
+    in_features: int, hidden_sizes: Iterable[int], num_classes: int, names: tuple[str, str] = ("in_features", "hidden_sizes")
+) -> None:
+    """ValueError unless every layer size is a positive integer and there is at least one hidden layer and two classes."""
+    sizes = list(hidden_sizes)
+    if not sizes or any(not is_whole(size) or size < 1 for size in sizes):
+        raise ValueError(f"{names[1]} is {sizes}; expected at least one whole number above 0, such as (1000, 1000)")
+    inputs: dict[str, Any] = {names[0]: in_features}
+    check_whole(**inputs)
+    check_whole(least=2, num_classes=num_classes)
+
+
+def check_precision(model: nn.Module) -> None:
+    """ValueError for a model in float16, whose steps are no numbers: Adam's epsilon of 1e-8 is 0 there."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ValueError("the model is torch.float16; expected bfloat16, float32 or float64: train model.float() and convert it afterwards")
+
+
 def fit_backpropagation(
     model: nn.Module,
     x: Float[Tensor, "rows ..."] | DataLoader,
@@ -162,6 +178,7 @@ def fit_backpropagation(
         True
     """
     config = config or BackpropagationConfig()
+    check_precision(model)
     check_validation(validation, config.patience)
     weight = next(model.parameters())
     features, classes = _shape_of(model, x, weight)
@@ -183,16 +200,15 @@ def fit_backpropagation(
         optimizer.step()
         return loss.detach()
 
-    def evaluate() -> tuple[float, float]:
-        model.eval()
-        return mean_loss_and_accuracy(model, batches(held_out))
+    def validate() -> list[tuple[float, float]]:
+        with evaluating(model):
+            return [mean_loss_and_accuracy(model, batches(held_out))]
 
-    train_stage(
-        "network",
-        step,
-        lambda: batches(train, shuffle=True),
-        evaluate,
-        stopping=EarlyStopping([model], config.patience, config.min_delta),
+    fit_stages(
+        ["network"],
+        over_batches(step, lambda: batches(train, shuffle=True)),
+        validate,
+        state=BestState([model], config.patience, config.min_delta),
         epochs=config.epochs,
         history=history,
         callbacks=list(callbacks),
@@ -205,17 +221,17 @@ def fit_backpropagation(
 @torch.no_grad()
 def _shape_of(model: nn.Module, x: Tensor | DataLoader, weight: Tensor) -> tuple[int, int]:
     """How many entries an example of x has, flattened, and how many class scores the model gives; ValueError where it cannot take x."""
-    first = next(iter(x))[0] if isinstance(x, DataLoader) else x
+    first = next((xb for xb, _ in x), None) if isinstance(x, DataLoader) else x
+    if first is None:
+        raise ValueError("x yields no batches; expected at least one: check the DataLoader")
     check_features(first)
-    training = model.training
     try:
-        scores = model.eval()(first[:1].to(weight.device, weight.dtype))
+        with evaluating(model):
+            scores = model(first[:1].to(weight.device, weight.dtype))
     except RuntimeError as error:
         raise ValueError(
             f"x is {tuple(first.shape)}, which the model cannot take ({error}); give x of the shape it was built for"
         ) from error
-    finally:
-        model.train(training)
     if scores.ndim != 2:
         raise ValueError(f"the model gives {tuple(scores.shape)} for one example; expected scores [1, classes]: flatten its output")
     return math.prod(first.shape[1:]), scores.shape[1]

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.forward_only.backprop_free_mlps.layer_training import Activation, layer_output
-from fewer.forward_only.backprop_free_mlps.training import Examples, batches_of
+from fewer.fitting import Examples, batches_of
+from fewer.forward_only.backprop_free_mlps.layers.layer_training import Activation, layer_output
 from fewer.meters import memory_for
 
 

@@ -1,0 +1,1 @@
+"""The trainers as a scikit-learn estimator, and the folder that one is kept in."""

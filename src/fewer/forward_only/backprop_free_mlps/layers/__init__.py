@@ -1,0 +1,1 @@
+"""What one layer does: its update in closed form, its inputs, and the predictor on it."""
