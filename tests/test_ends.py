@@ -48,7 +48,10 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(outside, tmp_path):
 def test_nothing_is_left_in_the_folder_for_temporary_files(outside, tmp_path, number):
     (tmp_path / "tmp").mkdir()
     words, environment = command("run", "guessing", "--seeds", "60"), command_environment(outside, TMPDIR=str(tmp_path / "tmp"))
-    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731 - as a shell tells a job in its background
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=ignoring
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("[3/"):

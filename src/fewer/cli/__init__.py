@@ -93,7 +93,7 @@ def main() -> None:
 
     SIGTERM ends it as Ctrl-C does: what is done is kept, what was begun is taken away.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _end)
     try:
         sys.exit(app(prog_name="fewer", standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -111,6 +111,14 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _end(number: int, frame: Any) -> None:
+    """What Ctrl-C would do, also where a shell has told a job in its background to ignore Ctrl-C."""
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    if callable(on_ctrl_c):
+        on_ctrl_c(number, frame)
+    raise KeyboardInterrupt
 
 
 def _tell(error: str) -> None:
