@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -18,7 +17,7 @@ from fewer.optimization.mfac.problems import Task
 from fewer.optimization.mfac.study import SPARSITIES, study
 from fewer.study import Results, Scale, Trial
 from fewer.study.results import Row
-from fewer.study.trial import FigureEvent, ObjectiveEvent, SealedTestData, TrialSpec
+from fewer.study.trial import FigureEvent, ObjectiveEvent, TrialSpec
 from fewer.tasks import resnet20
 
 PRUNERS = ["magnitude", "diagonal-fisher", "mfac-500", "mfac-2000", "mfac-full"]
@@ -106,20 +105,27 @@ def test_the_push_that_is_timed_is_one_on_a_full_window():
 
 
 @pytest.mark.parametrize("name", ["diagonal-fisher", "mfac-500"])
-def test_the_images_of_a_gradient_are_tuned_on_held_out_ones_and_test_images_are_not_looked_at(digits, name, monkeypatch):
+def test_every_pruner_tries_the_same_images_a_gradient_and_judges_them_on_held_out_ones(digits, name, monkeypatch):
     monkeypatch.setattr(study_module, "MAIN", 16)
-    drawn = []
-    collect = problems.collect_gradients
+    monkeypatch.setattr(study_module, "GRADIENTS", (8,))
+    drawn, judged = [], []
+    collect, score = problems.collect_gradients, problems.Subject.accuracy
     monkeypatch.setattr(
-        problems, "collect_gradients", lambda model, loss, loader, m: (drawn.append(loader.batch_size), collect(model, loss, loader, m))[1]
+        problems, "collect_gradients", lambda net, loss, loader, m: (drawn.append(loader.batch_size), collect(net, loss, loader, m))[1]
     )
-    sealed = dataclasses.replace(digits, test=SealedTestData())
-    assert set(study.arms[name].space) == {"batch"}
-    for batch in study.arms[name].space["batch"].values:
-        events = run(sealed, name, tuning=True, batch=batch)
-        assert sum(isinstance(event, ObjectiveEvent) for event in events) == 1
-        assert not figures(events, "accuracy")
-    assert drawn == [1, 4, 16]
+
+    def accuracy(subject, weights, data):
+        if len(judged) < 3:
+            assert data is digits.held_out
+        judged.append(score(subject, weights, data))
+        return judged[-1]
+
+    monkeypatch.setattr(problems.Subject, "accuracy", accuracy)
+    events = run(digits, name)
+    assert drawn[:3] == [1, 4, 16]
+    best = [1, 4, 16][max(range(3), key=lambda place: judged[place])]
+    assert figures(events, "batch")[()] == best
+    assert set(drawn[3:]) == {best}
 
 
 def test_a_claim_of_never_worse_rests_on_a_stated_tolerance_not_on_the_spread():

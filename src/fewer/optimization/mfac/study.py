@@ -1,12 +1,12 @@
 """M-FAC beside what it replaces: magnitude and diagonal Fisher in pruning, SGD and AdamW in training, and its cost over d and m.
 
-Every pruner prunes one trained network, by gradients of as many images each as serve it best on images that are held out. Every optimiser
+Every pruner prunes one trained network, by gradients of as many images each as serve it best on images that are held out: each tries the
+same few numbers of them in each trial, so that no budget is larger than another's. Every optimiser
 gets the same tuning of its learning rate and the same cosine schedule; a step's time is taken in turn with SGD's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -26,7 +26,7 @@ from fewer.optimization.mfac.inverse_fisher import InverseFisher
 from fewer.optimization.mfac.obs import independent_update, joint_update, saliency
 from fewer.optimization.mfac.optimizer import MFAC
 from fewer.optimization.mfac.problems import Subject, Task, finish, lowest, shuffled, slope
-from fewer.study import Choice, Curve, Difference, Figure, LogUniform, NotTestable, Results, Scale, Study, Tradeoff, Trial
+from fewer.study import Curve, Difference, Figure, LogUniform, NotTestable, Results, Scale, Study, Tradeoff, Trial
 from fewer.study.results import All, bootstrap
 from fewer.tasks import IMAGES_HELP, accuracy
 
@@ -40,7 +40,7 @@ study = Study(
     "mfac",
     question="What does curvature beyond a diagonal buy in pruning and in training, and what does it cost?",
     baseline="sgd",
-    objective="validation accuracy at 90 % sparsity, or validation loss negated",
+    objective="validation loss, negated",
     figures=[
         Figure("accuracy", "accuracy at 90 % sparsity", "%", "higher", at={"sparsity": AT}),
         Figure("accuracy_joint", "the same, joint update", "%", "higher", at={"sparsity": AT}),
@@ -56,6 +56,7 @@ study = Study(
         Figure("joint_seconds", "a joint update", "s", detail=True),
         Figure("bytes", "gradients kept, or optimiser state", "bytes"),
         Figure("peak_memory", "peak resident memory of pruning", "bytes", detail=True),
+        Figure("batch", "images a gradient, chosen on held-out ones", "", "", detail=True),
         Figure("unseen", "mean of damping x diag F^-1 (1: the gradients tell nothing of a weight)", "", "", detail=True),
         Figure("step_ratio", "time of a step beside SGD's, in turn", "x"),
         Figure("step_seconds", "time of a step", "s"),
@@ -90,21 +91,7 @@ def task(scale: Scale, data: str) -> Task:
 # Pruning
 
 DAMPING = {"damping": 1e-5}  # the released default
-BATCH = {"batch": Choice((1, 4, 16))}  # images a gradient: few or the differences between gradients average out
-
-
-def prune_by(task: Task, trial: Trial, importance: Callable[[Subject, Trial], Tensor]) -> None:
-    """Drop by an importance, and leave the others alone."""
-    subject = Subject(task, trial.device, trial.seed)
-    with trial.measure("prune") as cost:
-        order = importance(subject, trial)
-    log_costs(trial, cost)
-    trial.objective(subject.accuracy(torch.where(lowest(order, AT), 0.0, subject.weights), task.held_out))
-    if trial.tuning:
-        return
-    trial.log("dense_accuracy", subject.accuracy(subject.weights, task.test))
-    for sparsity in SPARSITIES:
-        trial.log("accuracy", subject.accuracy(torch.where(lowest(order, sparsity), 0.0, subject.weights), task.test), sparsity=sparsity)
+BATCHES = (1, 4, 16)  # images a gradient that every pruner tries: with many the differences between gradients average out
 
 
 def log_costs(trial: Trial, cost: Any) -> None:
@@ -114,37 +101,67 @@ def log_costs(trial: Trial, cost: Any) -> None:
 
 @study.arm("magnitude", label="magnitude")
 def magnitude(task: Task, trial: Trial) -> None:
-    prune_by(task, trial, lambda subject, _: subject.weights.abs())
+    subject = Subject(task, trial.device, trial.seed)
+    with trial.measure("prune") as cost:
+        order = subject.weights.abs()
+    log_costs(trial, cost)
+    log_accuracies(task, trial, subject, order)
 
 
-@study.arm("diagonal-fisher", label="diagonal Fisher", against="magnitude", settings=DAMPING, space=BATCH)
+def log_accuracies(task: Task, trial: Trial, subject: Subject, order: Tensor) -> None:
+    """Of the weights of highest importance, left as they are."""
+    trial.log("dense_accuracy", subject.accuracy(subject.weights, task.test))
+    for sparsity in SPARSITIES:
+        trial.log("accuracy", subject.accuracy(torch.where(lowest(order, sparsity), 0.0, subject.weights), task.test), sparsity=sparsity)
+
+
+def best_batch(task: Task, trial: Trial, subject: Subject, pruned: Callable[[Tensor], Tensor]) -> int:
+    """The images a gradient with which the weights that are left serve best on held-out images."""
+    found = {batch: subject.accuracy(pruned(subject.gradients(MAIN, batch)), task.held_out) for batch in BATCHES}
+    best = max(found, key=lambda batch: found[batch])
+    trial.log("batch", best)
+    return best
+
+
+@study.arm("diagonal-fisher", label="diagonal Fisher", against="magnitude", settings=DAMPING)
 def diagonal(task: Task, trial: Trial) -> None:
-    def importance(subject: Subject, trial: Trial) -> Tensor:
-        """w^2 (lambda + mean g^2) / 2: the saliency where F is taken as diagonal."""
-        grads = subject.gradients(MAIN, trial.settings["batch"])
-        trial.log("bytes", grads.nbytes)
-        return saliency(subject.weights, 1 / (trial.settings["damping"] + grads.square().mean(0)))
+    subject, damping = Subject(task, trial.device, trial.seed), trial.settings["damping"]
 
-    prune_by(task, trial, importance)
+    def importance(grads: Tensor) -> Tensor:
+        """w^2 (lambda + mean g^2) / 2: the saliency where F is taken as diagonal."""
+        return saliency(subject.weights, 1 / (damping + grads.square().mean(0)))
+
+    batch = best_batch(task, trial, subject, lambda grads: torch.where(lowest(importance(grads), AT), 0.0, subject.weights))
+    with trial.measure("prune") as cost:
+        grads = subject.gradients(MAIN, batch)
+        order = importance(grads)
+    log_costs(trial, cost)
+    trial.log("bytes", grads.nbytes)
+    log_accuracies(task, trial, subject, order)
 
 
 def prune_by_obs(task: Task, trial: Trial, block_size: int | None) -> None:
     """Optimal brain surgeon at several sparsities with both updates, and at one sparsity with fewer and with more gradients."""
     subject, damping = Subject(task, trial.device, trial.seed), trial.settings["damping"]
+
+    def pruned(grads: Tensor) -> Tensor:
+        """The weights at 90 % sparsity, by the independent update."""
+        fisher = InverseFisher(grads, damping, block_size=block_size)
+        diagonal = fisher.diagonal()
+        dropped = lowest(saliency(subject.weights, diagonal), AT)
+        return torch.where(dropped, 0.0, subject.weights + independent_update(fisher, diagonal, subject.weights, dropped))
+
+    batch = best_batch(task, trial, subject, pruned)
+    trial.log("dense_accuracy", subject.accuracy(subject.weights, task.test))
+    with trial.measure("prune") as cost:
+        pruned(subject.gradients(MAIN, batch))
+    log_costs(trial, cost)
     for step, m in enumerate((MAIN, *GRADIENTS)):
-        with trial.measure("prune") if m == MAIN else contextlib.nullcontext() as cost:
-            grads = subject.gradients(m, trial.settings["batch"])
-            fisher = InverseFisher(grads, damping, block_size=block_size)
-            diagonal = fisher.diagonal()
-            order = saliency(subject.weights, diagonal)
-            first = lowest(order, AT)
-            delta = independent_update(fisher, diagonal, subject.weights, first)
+        grads = subject.gradients(m, batch)
+        fisher = InverseFisher(grads, damping, block_size=block_size)
+        diagonal = fisher.diagonal()
+        order = saliency(subject.weights, diagonal)
         if m == MAIN:
-            log_costs(trial, cost)
-            trial.objective(subject.accuracy(torch.where(first, 0.0, subject.weights + delta), task.held_out))
-            if trial.tuning:
-                return
-            trial.log("dense_accuracy", subject.accuracy(subject.weights, task.test))
             trial.log("bytes", grads.nbytes)
             trial.log("unseen", float((damping * diagonal).mean()))
         for sparsity in SPARSITIES if m == MAIN else (AT,):
@@ -168,7 +185,7 @@ PRUNERS = {
     "mfac-2000": {"label": "M-FAC, blocks of 2000", "block_size": 2000},
     "mfac-full": {"label": "M-FAC, full", "block_size": None},
 }
-study.arm_table(prune_by_obs, PRUNERS, against="magnitude", settings=DAMPING, space=BATCH)
+study.arm_table(prune_by_obs, PRUNERS, against="magnitude", settings=DAMPING)
 
 # Training
 
