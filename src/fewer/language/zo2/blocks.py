@@ -65,6 +65,16 @@ def split(model: nn.Module, path: str | None, rng: str) -> Parts:
     return Parts(path, owned, early, late)
 
 
+def check_order(late: Mapping[str, nn.Parameter], before: set[int]) -> None:
+    """ValueError where a parameter that is registered after the blocks is used before them: its z would have to be drawn too early."""
+    for name, parameter in late.items():
+        if id(parameter) in before:
+            raise ValueError(
+                f"{name} is registered after the blocks and used before them; expected parameters in the order of execution, in which "
+                "rng='torch' draws: use rng='counter'"
+            )
+
+
 def _check_unshared(model: nn.Module, path: str) -> None:
     """ValueError where a block's parameter has a second name: it would be in two places of the walk."""
     places: dict[int, list[str]] = {}

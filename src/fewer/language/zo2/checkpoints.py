@@ -67,6 +67,16 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
                 module._parameters[leaf] = new
 
 
+def move(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """What stays on the device goes there: the named parameters, and all buffers."""
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            module._buffers[leaf] = None if buffer is None else buffer.to(device)
+
+
 class Digest:
     """What tells a model's weights from any other's, taken in one after the other in any order."""
 

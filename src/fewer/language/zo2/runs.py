@@ -44,8 +44,10 @@ class ZO2Trainer(Trainer):
                 f"gradient_accumulation_steps is {args.gradient_accumulation_steps}; expected 1, as there are no gradients: use ZO2Config(micro_batches=...)"
             )
         self.zo2 = model if isinstance(model, ZO2) else ZO2(model, zo2_config)
-        self.place_model_on_device = False
         super().__init__(model=cast(Any, self.zo2.model), args=args, **words)
+        self.accelerator.device_placement = False  # the model is where it belongs, in parts
+
+    def _move_model_to_device(self, *_: Any) -> None: ...
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         self.optimizer = _Rate([nn.Parameter(torch.zeros(()))], lr=self.args.learning_rate)

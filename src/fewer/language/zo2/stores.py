@@ -7,7 +7,9 @@ its own. A walk attaches one after the other; the next is on its way in and the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
+import mmap
 import shutil
 import threading
 from collections import deque
@@ -34,6 +36,17 @@ def check_space(folder: Path, size: int) -> None:
         raise ValueError(
             f"store_dir {folder} has {free / 1e9:.3g} GB free; expected {2 * size / 1e9:.3g} GB, twice the model: choose another place"
         )
+
+
+def buffer(size: int) -> UInt8[Tensor, "size"]:
+    """Bytes of zero that go back to the system when they are let go of; the allocator of small things would keep them for itself."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+
+
+def release() -> None:
+    """Give freed memory back to the system: glibc keeps what is freed between blocks, and soon holds more of it than of blocks."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Slot(NamedTuple):
@@ -66,7 +79,7 @@ class Layout:
 
     def pack(self, value_of: Callable[[str], Tensor]) -> UInt8[Tensor, "bytes"]:
         """A bucket with the values of the parameters."""
-        bucket = torch.zeros(self.size, dtype=torch.uint8)
+        bucket = buffer(self.size)
         for slot in self.slots:
             slot.view(bucket).copy_(value_of(slot.name))
         return bucket
@@ -99,7 +112,7 @@ class Short:
 
     def widen(self, short: Tensor, layout: Layout) -> UInt8[Tensor, "bytes"]:
         """The bucket of a short one."""
-        bucket = torch.zeros(layout.size, dtype=torch.uint8, device=short.device)
+        bucket = buffer(layout.size).to(short.device)
         scale = short[-SCALE:].clone().view(torch.float64).item()
         codes, start = short[:-SCALE].view(self.dtype), 0
         for slot in layout.slots:
@@ -163,13 +176,6 @@ class Store:
         """The numbers of the blocks, each attached while it is its turn."""
         yield from range(len(self.blocks))
 
-    def tensors(self, number: int) -> dict[str, nn.Parameter]:
-        """The parameters of a block that is attached."""
-        return {
-            slot.name: owner_of(self.model, slot.name)[0]._parameters[owner_of(self.model, slot.name)[1]]
-            for slot in self.layouts[number].slots
-        }  # pyright: ignore[reportReturnType]
-
     def end_walk(self) -> None:
         """What the last walk wrote is what the next one reads."""
 
@@ -204,6 +210,7 @@ class HostStore(Store):
         bucket = self.layouts[number].pack(value_of)
         self._save(number, self.short.narrow(bucket, self.layouts[number], self._key(number)) if self.short else bucket)
         self._detach(number)
+        release()
 
     def walk(self, write: bool = True) -> Generator[int, None, None]:
         count, self.lost, self.attached = len(self.blocks), (0, 0), 0
@@ -226,6 +233,7 @@ class HostStore(Store):
                     self._detach(number)
                 going.append(writer.submit(self._give, number, bucket, stored, write, self._event()))
                 del bucket, stored
+                release()
             for each in going:
                 each.result()
 
@@ -259,7 +267,7 @@ class HostStore(Store):
 
     def _load(self, number: int) -> UInt8[Tensor, "bytes"]:
         kept = self.buckets[number]
-        return kept if self.device.type == "cuda" else kept.clone()  # what is being changed must not be what is kept
+        return kept if self.device.type == "cuda" else buffer(kept.nbytes).copy_(kept)  # what is being changed must not be what is kept
 
     def _save(self, number: int, bucket: UInt8[Tensor, "bytes"]) -> None:
         self.buckets[number] = bucket.pin_memory() if self.device.type == "cuda" else bucket
@@ -321,7 +329,7 @@ class DiskStore(HostStore):
 
     def _load(self, number: int) -> UInt8[Tensor, "bytes"]:
         layout = self.layouts[number]
-        bucket = torch.empty(self.short.size(layout) if self.short else layout.size, dtype=torch.uint8)
+        bucket = buffer(self.short.size(layout) if self.short else layout.size)
         file = self.file(number, self.generation)
         with open(file, "rb") as opened:
             read = opened.readinto(bucket.numpy().data)

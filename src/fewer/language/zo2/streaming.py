@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from fewer.devices import choose_device
 from fewer.files import check_new, made_whole, read_weights, whole_file
 from fewer.fitting import evaluating
-from fewer.language._shared.model_directory import load_directory
-from fewer.language.zo2.blocks import Trace, enter, in_place, leave, mean_loss, micro_batches, split, trace
-from fewer.language.zo2.checkpoints import STATE, Digest, Weights, put, read_index, skeleton, write_journal, write_shards
-from fewer.language.zo2.mezo import DRAWS, WALK, StepResult, Trained, Update, ZO2Config, checked_loss, projected_gradient
+from fewer.language.zo2.blocks import Trace, check_order, enter, in_place, leave, mean_loss, micro_batches, split, trace
+from fewer.language.zo2.checkpoints import STATE, Digest, Weights, move, put, read_index, skeleton, write_journal, write_shards
+from fewer.language.zo2.mezo import DRAWS, WALK, StepResult, Trained, Update, ZO2Config, checked_loss, over_workers, projected_gradient
 from fewer.language.zo2.stores import DiskStore, HostStore, Short, Store, check_space
 
 
@@ -88,7 +87,7 @@ class ZO2:
             values(name)
         if value_of is not None:
             self._put_resident(values)
-        self._move_resident()
+        move(self.model, self._early + self._late, self.device)
         self._fill(values, digest)
 
     # Making and remaking
@@ -102,9 +101,6 @@ class ZO2:
         Raises:
             ValueError: it is no such directory; the message names the file and the reason.
         """
-        config = config or ZO2Config()
-        if config.store == "none":
-            return cls(load_directory(model_dir)[0], config, blocks, resume=resume, group=group)
         weights = Weights(Path(model_dir))
         return cls(skeleton(Path(model_dir), weights.dtype), config, blocks, resume=resume, group=group, value_of=weights)
 
@@ -130,7 +126,9 @@ class ZO2:
         store = self.store
         if not isinstance(store, HostStore):
             for name in itertools.chain(*self._names):
-                values(name)
+                value = values(name)
+                if self.model.get_parameter(name).is_meta:
+                    put(self.model, name, value)
             self.model.to(self.device)
         elif not isinstance(store, DiskStore):
             self._fill_blocks(values)
@@ -159,15 +157,6 @@ class ZO2:
         for name in self._early + self._late:
             put(self.model, name, values(name))
 
-    def _move_resident(self) -> None:
-        """What stays on the device goes there: parameters outside the blocks, and all buffers."""
-        for name in self._early + self._late:
-            parameter = self.model.get_parameter(name)
-            parameter.data = parameter.data.to(self.device)
-        for module in self.model.modules():
-            for leaf, buffer in module._buffers.items():
-                module._buffers[leaf] = None if buffer is None else buffer.to(self.device)
-
     # A step
 
     @torch.no_grad()
@@ -190,7 +179,7 @@ class ZO2:
                 losses = self._pass(seed, batches, traces)
                 self._walked()
                 one, two = (checked_loss(loss, self.steps, seed) for loss in losses)
-                self._take(Update(seed, projected_gradient(self._over_workers(one - two), self.config.eps), self.lr))
+                self._take(Update(seed, projected_gradient(over_workers(one - two, self.group), self.config.eps), self.lr))
         return StepResult(one.item(), self.journal[-1].g, seed)
 
     @property
@@ -271,34 +260,18 @@ class ZO2:
         if batches and self._kept is None:
             seen = trace(self.model, self.path, len(self._names), batches[0], whole=True)
             parameters = {name: self.model.get_parameter(name) for name in self._early + self._late}
-            self._check_order(parameters, seen.before)
+            if self.config.rng == "torch":
+                check_order({name: parameters[name] for name in self._late}, seen.before)
             if self.config.rng == "counter":  # each z is its own: what runs first is perturbed first
                 self._early = [name for name, each in parameters.items() if id(each) in seen.before or name in self._early]
                 self._late = [name for name in parameters if name not in self._early]
             self._kept = {name for name in self._early if id(parameters[name]) in seen.after and parameters[name].requires_grad}
         return [trace(self.model, self.path, len(self._names), batch, whole=False) for batch in batches]
 
-    def _check_order(self, parameters: Mapping[str, nn.Parameter], before: set[int]) -> None:
-        for name in self._late if self.config.rng == "torch" else ():
-            if id(parameters[name]) in before:
-                raise ValueError(
-                    f"{name} is registered after the blocks and used before them; expected parameters in the order of execution, in which "
-                    "rng='torch' draws: use rng='counter'"
-                )
-
     def _trained(self, names: list[str]) -> Trained:
         """The parameters among these that are trained, as they are attached now."""
         found = ((name, self.model.get_parameter(name)) for name in names)
         return Trained(((name, each) for name, each in found if each.requires_grad), self.config)
-
-    def _over_workers(self, difference: Tensor) -> Tensor:
-        """The mean of l1 - l2 over the workers: one number goes round."""
-        if self.group is None:
-            return difference
-        import torch.distributed as dist
-
-        dist.all_reduce(difference, group=self.group)
-        return difference / dist.get_world_size(self.group)
 
     # The state
 
@@ -412,7 +385,7 @@ class ZO2:
         store.generation, store.walks = state["generation"], state["walks"]
         resident = read_weights(store.folder / f"resident.{store.generation}.safetensors")
         self._put_resident(lambda name: resident[name])
-        self._move_resident()
+        move(self.model, self._early + self._late, self.device)
         for number in range(len(self._names)):
             store._detach(number)
         self.pending = Update(*state["pending"]) if state["pending"] else None
