@@ -18,6 +18,7 @@ from sklearn.metrics import log_loss
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from fewer.fitting import BestState
 from fewer.forward_only import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
 from fewer.forward_only.backprop_free_mlps.layers.layer_training import BLOCK, LayerTrainer, set_projection_gradient
 from fewer.meters import counting, tensor_memory

@@ -51,11 +51,13 @@ def train_local(
 
     Example: fewer train-local train.npz --method mono-forward --hidden 1000,1000 --out model
     """
-    from fewer.checks import check_choice
+    from fewer.checks import check_choice, check_positive
     from fewer.files import check_new
     from fewer.inputs import read_arrays
 
     check_choice(list(MethodName), **{"--method": method})
+    if lr is not None:
+        check_positive(**{"--lr": lr})
     widths, blocks, place = _sizes("--hidden", hidden), _sizes("--channels", channels), choose_device(device)
     check_new(out, overwrite, inputs=[train])
     arrays = read_arrays(train, ["x", "y"])

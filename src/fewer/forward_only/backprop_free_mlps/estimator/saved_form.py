@@ -33,6 +33,7 @@ def save_model(classifier: LocalLearningClassifier, folder: str | Path, *, overw
         ValueError: labels of another kind.
 
     Examples:
+        >>> import tempfile
         >>> x = np.random.default_rng(0).normal(size=(100, 4))
         >>> classifier = LocalLearningClassifier(hidden_sizes=(8,), epochs=2, random_state=0).fit(x, x[:, 0] > 0)
         >>> with tempfile.TemporaryDirectory() as parent:
