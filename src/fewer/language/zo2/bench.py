@@ -13,7 +13,7 @@ import torch
 
 from fewer.language.zo2.mezo import ZO2Config
 from fewer.language.zo2.streaming import ZO2
-from fewer.language.zo2.study import COST_SHAPE, warm, in_memory, mezo_step, resident, wide_model
+from fewer.language.zo2.study import COST_SHAPE, in_memory, mezo_step, resident, warm, wide_model
 from fewer.meters import peak_resident_memory
 from fewer.study import Bench
 from fewer.study.scratch import scratch_folder
