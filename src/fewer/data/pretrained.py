@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fewer.data.declarations import DataSet, File, Source
 from fewer.data.fetching import cache_folder, obtain
