@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -12,12 +13,26 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 BIN = Path(sys.executable).parent
-DONE = 90.0  # seconds after which something that has not happened is a failure
+
+
+@functools.cache
+def start_seconds() -> float:
+    """How long a process takes here, now, that imports what each of Flower's processes imports: all patience is counted in it."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch, flwr.serverapp, flwr.clientapp, fewer.federated as f; f.FedSpeed"], check=True)
+    return time.monotonic() - started
+
+
+def done_seconds() -> float:
+    """Seconds after which something that has not happened is a failure."""
+    return 60 + 60 * start_seconds()
 
 
 def free_ports(count: int) -> list[int]:
@@ -40,7 +55,7 @@ class Deployment:
             "FLWR_HOME": str(folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
             "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
-        (folder / "flwr").mkdir()
+        (folder / "flwr").mkdir(parents=True)
         (folder / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
@@ -51,7 +66,7 @@ class Deployment:
         self._wait_for_link()
 
     def _wait_for_link(self) -> None:
-        deadline = time.monotonic() + DONE
+        deadline = time.monotonic() + done_seconds()
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
                 return
@@ -76,9 +91,7 @@ class Deployment:
 
     def run(self, app: Path, **settings: object) -> Run:
         """Start a run of an app."""
-        chosen = " ".join(f"{name.replace('_', '-')}={toml(value)}" for name, value in settings.items())
-        words = [BIN / "flwr", "run", app, "here", "--stream", "--run-config", chosen]
-        return Run(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self.environment, text=True), self)
+        return Run([BIN / "flwr", "run", app, "here", "--stream", "--run-config", chosen(settings)], self.environment, self.logs)
 
     def logs(self) -> str:
         return "\n".join(f"=== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(self.folder.glob("*.log")))
@@ -88,28 +101,29 @@ class Deployment:
             os.killpg(process.pid, signal.SIGTERM)
         for process in self.processes.values():
             try:
-                process.wait(10)
+                process.wait(10 + 10 * start_seconds())
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
 class Run:
-    """A run whose log is read line by line as it comes."""
+    """A run whose log is read line by line as it comes; `logs()` says what else a failure should show."""
 
-    def __init__(self, process: subprocess.Popen[str], deployment: Deployment) -> None:
-        self.process, self.deployment, self.text = process, deployment, ""
+    def __init__(self, words: list[Any], environment: dict[str, str], logs: Callable[[], str] = str) -> None:
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+        self.logs, self.text = logs, ""
 
     def until(self, pattern: str) -> str:
         """Read the log until a line matches; the line."""
         assert self.process.stdout is not None
-        deadline = time.monotonic() + DONE
+        deadline = time.monotonic() + done_seconds()
         for line in self.process.stdout:
             self.text += line
             if re.search(pattern, line):
                 return line
-            assert time.monotonic() < deadline, f"no {pattern!r} in:\n{self.text}\n{self.deployment.logs()}"
-        raise AssertionError(f"the run ended without {pattern!r}:\n{self.text}\n{self.deployment.logs()}")
+            assert time.monotonic() < deadline, f"no {pattern!r} in:\n{self.text}\n{self.logs()}"
+        raise AssertionError(f"the run ended without {pattern!r}:\n{self.text}\n{self.logs()}")
 
     def finish(self) -> str:
         """The whole log, when the strategy has finished."""
@@ -117,6 +131,11 @@ class Run:
         self.process.terminate()
         self.process.wait()
         return self.text
+
+
+def chosen(settings: dict[str, object]) -> str:
+    """Settings as `flwr run --run-config` takes them."""
+    return " ".join(f"{name.replace('_', '-')}={toml(value)}" for name, value in settings.items())
 
 
 def toml(value: object) -> str:

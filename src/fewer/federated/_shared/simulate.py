@@ -42,7 +42,7 @@ class Round:
         drift: the mean of |y_i - x| over them.
         gradients: gradients of batches that were computed.
         numbers_down, numbers_up: numbers sent to and by all clients (4 bytes each at float32; see `traffic` for the wire).
-        seconds: of the round, evaluation left out.
+        seconds, cpu_seconds: of the round, evaluation left out; processor seconds are of this process, all its threads.
         evaluation: what `evaluate` returned, or None.
     """
 
@@ -53,6 +53,7 @@ class Round:
     numbers_down: int
     numbers_up: int
     seconds: float
+    cpu_seconds: float
     evaluation: Any = None
 
 
@@ -134,16 +135,16 @@ def simulate(
         states.put(list(range(len(shards))), kept)
     history = History(flat, server, states)
     for number in range(server.round + 1, rounds + 1):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         chosen = choose(sampler, range(len(shards)), number, seed)
         messages = run_configure(algorithm, history.server, chosen)
         with meters.counting() as counts:
             replies = _train(algorithm, messages, shards, flat, states, seed, executor)
         history.server = run_aggregate(algorithm, history.server, replies)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
         drift = sum(float(reply.metrics["drift"]) for reply in replies) / len(replies)
         numbers_down, numbers_up = (sum(v.numel() for each in all_ for v in each.vectors.values()) for all_ in (messages, replies))
-        line = Round(number, chosen, drift, int(counts["gradients"]), numbers_down, numbers_up, seconds)
+        line = Round(number, chosen, drift, int(counts["gradients"]), numbers_down, numbers_up, seconds, cpu_seconds)
         if evaluate is not None:
             line = Round(**{**vars(line), "evaluation": evaluate(history.server.x)})
         history.rounds.append(line)
