@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LONG = 250  # characters of a path that a message shows
 BROKEN = (ValueError, EOFError, OSError, AttributeError, TypeError, KeyError, MemoryError, OverflowError, zlib.error, zipfile.BadZipFile)
 
 
@@ -164,5 +165,6 @@ def _file(file: str | Path, what: str) -> Path:
     except (OSError, ValueError):
         there = folder = False
     if not there:
-        raise FileNotFoundError(f"{str(file)[:80] or repr('')} is {'a folder' if folder else 'no file'}; expected {what}")
+        name = str(file) if len(str(file)) <= LONG else f"...{str(file)[-LONG:]}"
+        raise FileNotFoundError(f"{name or repr('')} is {'a folder' if folder else 'no file'}; expected {what}")
     return path
