@@ -1,8 +1,4 @@
-"""MeZO with everything in memory, with its blocks on disk, with shorter ones, and AdamW: memory and time of a step, its bits, and what is learnt.
-
-Costs are taken on a random Llama of 1.25 GB, bits on SmolLM2-135M (or any directory), learning on a small model that was trained on Python
-and moves to the addresses of presidents (or any text).
-"""
+"""MeZO with everything in memory, with its blocks on disk, with shorter ones, and AdamW: memory and time of a step, its bits, and what is learnt."""
 
 from __future__ import annotations
 
