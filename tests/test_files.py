@@ -149,6 +149,13 @@ def test_a_broken_json_file_is_named(here, text, why):
         read_json("config.json")
 
 
+def test_a_json_file_that_is_none_is_told_and_never_waited_for(here):
+    os.mkfifo("pipe")
+    for place in ("absent", "pipe", "."):
+        with pytest.raises(FileNotFoundError, match="cannot be read"):
+            read_json(place)
+
+
 def test_weights_that_are_cut_off_are_named(here):
     from safetensors.torch import save_file
 

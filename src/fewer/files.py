@@ -214,6 +214,8 @@ def _umask() -> int:
 def read_json(file: str | Path) -> dict[str, Any]:
     """The object that a JSON file holds; ValueError naming the file and the reason where it holds none."""
     file = Path(file)
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{file} cannot be read (no such file); expected a JSON file")
     try:
         read = json.loads(file.read_text(encoding="utf8"))
     except OSError as error:
