@@ -56,7 +56,7 @@ engine = RayEngine()
 def work(): ...
 engine.ray.get(work.remote())
 family = {process.pid for process in psutil.Process().children(recursive=True)} | {psutil.Process().pid}
-session = {process.pid for process in psutil.process_iter() if any("session_" in word for word in (process.cmdline() or [""]))}
+session = {each.pid for each in psutil.process_iter(["cmdline"]) if any("session_" in word for word in each.info["cmdline"] or [])}
 listening = [each.laddr.ip for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in family | session]
 print(len(listening), sorted({ip.removeprefix("::ffff:") for ip in listening}))
 """

@@ -369,36 +369,6 @@ def test_a_trial_follows_a_value_and_counts_tensors():
     assert ("peak_memory", 400.0, {}) in said
 
 
-@pytest.mark.parametrize(
-    ("default", "text", "words"),
-    [
-        (True, "maybe", "expected one of yes, true, 1, no, false, 0"),
-        (True, "", "expected one of yes"),
-        (0.1, "nan", "expected a finite number"),
-        (0.1, "inf", "expected a finite number"),
-        (3, "3.5", "expected int"),
-        (3, "0", "expected at least 1"),
-        (3, "99", "expected at most 9"),
-    ],
-)
-def test_an_option_takes_what_its_default_and_limits_say(default, text, words):
-    study = Study("s", question="?")
-    study.option(
-        "it",
-        default,
-        least=None if isinstance(default, bool) else 1e-9 if isinstance(default, float) else 1,
-        most=9 if default == 3 else None,
-    )
-    with pytest.raises(UserError, match=f"--set it={text}: {words}"):
-        study.choose_options({"it": text})
-
-
-def test_booleans_are_said_in_six_ways():
-    study = Study("s", question="?")
-    study.option("it", False)
-    assert [study.choose_options({"it": text})["it"] for text in ("yes", "TRUE", "1", "no", "False", "0")] == [True] * 3 + [False] * 3
-
-
 def test_spaces_start_where_they_say():
     assert (LogUniform(1e-4, 1e-2).default, Uniform(0, 1).default, Choice(["a", "b"]).default) == (pytest.approx(1e-3), 0.5, "a")
     assert isinstance(bootstrap(lambda a: a, np.ones(1)), Estimate)
