@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -186,12 +187,17 @@ def test_states_and_journals_of_others(tmp_path):
         (tmp_path / "journal.json").write_text(text)
         with pytest.raises(ValueError, match="journal.json is no"):
             replay(tmp_path / "base", tmp_path / "journal.json", tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="pipe is no file; expected journal.json"):
+        replay(tmp_path / "base", tmp_path / "pipe", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="base has no index.json; expected the store of a run"):
+        ZO2.resume(tmp_path / "base")
     with pytest.raises(ValueError, match="Stack is no model of transformers; expected one: use state_dict"):
         streamed(stack()).save_pretrained(tmp_path / "out")
     zo2 = streamed(make(), tmp_path, store="disk")
     with pytest.raises(FileExistsError, match="which is read here"):
         zo2.save_pretrained(tmp_path / "store", overwrite=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "journal.json", "store"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "journal.json", "pipe", "store"]
 
 
 def test_directories_that_are_none(tmp_path):

@@ -215,3 +215,5 @@ def test_a_short_store_trains_and_says_what_it_loses(rounding, tmp_path):
     assert torch.equal(
         twin.state_dict()["model"]["model.layers.0.mlp.up_proj.weight"], zo2.state_dict()["model"]["model.layers.0.mlp.up_proj.weight"]
     )
+    list(zo2.named_values())  # a walk that only reads
+    assert zo2.lost_updates is not None

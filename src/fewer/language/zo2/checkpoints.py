@@ -127,6 +127,8 @@ def write_journal(file: Path, base: str, config: ZO2Config, updates: Iterable[Up
 
 def read_journal(file: Path) -> tuple[str, ZO2Config, list[Update]]:
     """(digest of the base, config, updates); ValueError where it is no journal."""
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{file} is no file; expected journal.json of a run of zo2")
     read = read_json(file)
     try:
         words = dict(read["config"])
@@ -139,6 +141,8 @@ def read_journal(file: Path) -> tuple[str, ZO2Config, list[Update]]:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a store; ValueError where it is none."""
+    if not (folder / STATE).is_file():
+        raise FileNotFoundError(f"{folder} has no {STATE}; expected the store of a run of zo2")
     state = read_json(folder / STATE)
     lacking = {"steps", "generation", "walks", "pending", "config", "layout", "journal", "blocks", "dtype"} - set(state)
     if lacking:

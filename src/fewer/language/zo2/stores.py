@@ -213,7 +213,7 @@ class HostStore(Store):
         release()
 
     def walk(self, write: bool = True) -> Generator[int, None, None]:
-        count, self.lost, self.attached = len(self.blocks), (0, 0), 0
+        count, self.lost, self.attached = len(self.blocks), (0, 0) if write else self.lost, 0
         with contextlib.ExitStack() as stack:
             reader, writer = (
                 stack.enter_context(ThreadPoolExecutor(1) if self.overlap else contextlib.nullcontext(_AtOnce())) for _ in range(2)
