@@ -209,16 +209,16 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
 
     card, study = study_of(slug)
     commit = clean_commit(Path(card.folder))
+    races = _bench(slug, lambda race: None) if (Path(card.folder) / "bench.py").exists() else []
+    missing = [race.left_out for race in races if race.left_out]
+    if missing:  # told before the study, which takes minutes
+        raise UserError(f"a record needs every race: {missing[0]}")
     with tempfile.TemporaryDirectory(prefix="fewer-record-") as folder, room.Store(Path(folder) / "store.sqlite", write=True) as opened:
         plan = room.plan(study, study_module(slug), device="cpu", store=opened)
         with progress.RunProgress(quiet=quiet) as observer:
             outcome = room.run(plan, opened, room.LocalEngine(), observer)
-        if outcome.failed:
-            raise WorkFailed(f"a record needs every trial, and some failed: {outcome.failed}")
-        races = _bench(slug, lambda race: None) if (Path(card.folder) / "bench.py").exists() else []
-        missing = [race.left_out for race in races if race.left_out]
-        if missing:
-            raise UserError(f"a record needs every race: {missing[0]}")
+    if outcome.failed:
+        raise WorkFailed(f"a record needs every trial, and some failed: {outcome.failed}")
     made = msgspec.structs.replace(make_record(outcome, races), commit=commit)
     file = write_record(made, Path(card.folder))
     console().print(terminal.run_view(made))

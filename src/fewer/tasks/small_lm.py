@@ -64,6 +64,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset("family-s", 192, 8, 512, 3, 1, Recipe()),  # 3.54 million parameters
+        Preset("family-xs", 128, 2, 384, 4, 4, Recipe(steps=300, batch=16, window=64, lr=3e-3, warm_up=20)),
         Preset("family-micro", 64, 4, 128, 2, 1, None),  # for tests: random weights
     )
 }
@@ -126,7 +127,7 @@ def fetch_small_lm(
     Broken off, training goes on from its last 200 steps. Several processes that ask at once train it once.
 
     Args:
-        preset: "family-s", or "family-micro" (random weights, at once).
+        preset: "family-s", "family-xs" (2 layers, half a minute), or "family-micro" (random weights, at once).
         steps: training steps in place of the recipe's 1,200; the result is kept apart from the whole one.
         text: UTF-8 files to train on in place of the interpreter's standard library.
         tell: called with (step, steps, words) as training goes on.

@@ -30,10 +30,10 @@ def load_directory(model_dir: Path | str, dtype: str = "auto", *, dense: bool = 
         ValueError: it is no such directory; the message names the file and the reason.
     """
     folder = Path(model_dir)
-    kind = _checked_kind(folder)
+    kind = checked_kind(folder)
     if dense and kind.startswith(OURS):
         raise ValueError(f"{folder} holds a model that is pruned already; expected the dense one")
-    layers = _layers_in(_shapes(folder), folder)
+    layers = layers_in(weight_shapes(folder), folder)
     with _quiet():
         return _model(folder, layers, dtype), load_tokenizer(folder)
 
@@ -44,14 +44,14 @@ def load_tokenizer(folder: Path) -> Any:
 
     if (folder / "tokenizer_config.json").is_file():
         _refuse_own_code(read_json(folder / "tokenizer_config.json"), folder / "tokenizer_config.json")
-    with _told(f"{folder}: its tokenizer cannot be read"):
+    with told(f"{folder}: its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
     if not getattr(tokenizer, "backend_tokenizer", None):
         raise ValueError(f"{folder}: its tokenizer is a {type(tokenizer).__name__}; expected a fast one: save it with tokenizer.json")
     return tokenizer
 
 
-def _checked_kind(folder: Path) -> str:
+def checked_kind(folder: Path) -> str:
     """The `model_type`, after what may be told from the names of files and the config alone."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -90,12 +90,12 @@ def _refuse_own_code(config: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """name -> shape of every weight, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
     shapes = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as stored:
                 shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
@@ -104,7 +104,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -119,7 +119,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _layers_in(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> set[int]:
+def layers_in(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> set[int]:
     """How many layers the weights may be of; ValueError where the config names more than could be, before anything is made of them."""
     for name, value in _whole_numbers(read_json(folder / CONFIG)):
         if "layer" in name and value > max(ODD, len(shapes)):
@@ -145,14 +145,14 @@ def _model(folder: Path, layers: set[int], dtype: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _told(f"{folder / CONFIG} cannot be used"):
+    with told(f"{folder / CONFIG} cannot be used"):
         config = AutoConfig.from_pretrained(folder, **SAFE)
         config.return_dict = True
         count = config.get_text_config().num_hidden_layers
         if count not in layers:
             found = ", ".join(map(str, sorted(layers))) or "no"
             raise ValueError(f"it names {count} layers and the weights are of {found}; expected the config of these weights")
-    with _told(f"{folder} does not hold together"):
+    with told(f"{folder} does not hold together"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE
         )
@@ -168,7 +168,7 @@ def _model(folder: Path, layers: set[int], dtype: str) -> Any:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Whatever a library raises on odd values of a file becomes one line."""
     try:
         yield

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.files import read_json, whole_file
-from fewer.language._shared.model_directory import INDEX, SAFE, _checked_kind, _layers_in, _shapes, _told, _weight_files
+from fewer.language._shared.model_directory import INDEX, SAFE, checked_kind, layers_in, told, weight_files, weight_shapes
 from fewer.language.zo2.mezo import Update, ZO2Config
 
 STATE = "index.json"  # of a store: names the generation that is whole; renamed last
@@ -25,10 +25,10 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        _checked_kind(folder)
-        _layers_in(_shapes(folder), folder)
+        checked_kind(folder)
+        layers_in(weight_shapes(folder), folder)
         self.folder, self.files, self.dtype = folder, {}, torch.float32
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             with safe_open(file, framework="pt") as stored:
                 self.files |= dict.fromkeys(stored.keys(), file)
         self.dtype = self(next(name for name in self.files)).dtype
@@ -51,7 +51,7 @@ def skeleton(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with _told(f"{folder / 'config.json'} cannot be used"), accelerate.init_empty_weights(include_buffers=False), no_init_weights():
+    with told(f"{folder / 'config.json'} cannot be used"), accelerate.init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **SAFE), dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model.eval()

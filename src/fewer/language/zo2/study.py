@@ -28,9 +28,9 @@ from fewer.language.zo2.streaming import ZO2
 from fewer.study import Curve, Figure, Results, Scale, Study, Tradeoff, Trial
 from fewer.study.results import NotTestable
 from fewer.study.spaces import Choice
-from fewer.tasks import PRESETS, Preset, fetch_small_lm, token_loss
+from fewer.tasks import fetch_small_lm, token_loss
 from fewer.tasks.language_corpus import Corpus, text_corpus, token_stream
-from fewer.tasks.lm_training import Recipe, check_window, draw_windows
+from fewer.tasks.lm_training import check_window, draw_windows
 
 STEPS = {Scale.QUICK: 200, Scale.FULL: 1000}
 BATCH, WINDOW = 8, 128
@@ -39,8 +39,7 @@ COST_SHAPE = (2, 32)
 HELD_OUT = 8192  # tokens
 ADDRESSES, UNSEEN = 12, 2  # the last addresses, and how many of them are held out
 
-XS = Preset("family-xs", 128, 2, 384, 4, 4, Recipe(steps=300, batch=16, window=64, lr=3e-3, warm_up=20))
-PRESETS.setdefault(XS.name, XS)
+SMALL = "family-xs"
 
 study = Study(
     "zo2",
@@ -100,7 +99,7 @@ class Task:
 @study.task
 def task(scale: Scale, model: str, text: str, data: str) -> Task:
     corpus = corpus_of(text, data)
-    small, folder = fetch_small_lm(XS.name), Path(model) if model else fetch_smollm2()
+    small, folder = fetch_small_lm(SMALL), Path(model) if model else fetch_smollm2()
     tokenizer = load_tokenizer(small)
     train, test = token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.validation)
     for part in (train, test):
