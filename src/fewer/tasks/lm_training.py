@@ -102,10 +102,7 @@ def train(model: Any, tokens: Tensor, recipe: Recipe, checkpoint: Path, tell: Ca
     """Train in place, going on from the checkpoint where there is one; the loss curve, tokens and seconds."""
     import torch
 
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+    optimizer = optimizer_of(model, recipe)
     first, curve, before = _restore(model, optimizer, checkpoint)
     started = time.perf_counter()
     model.train()
@@ -130,6 +127,16 @@ def train(model: Any, tokens: Tensor, recipe: Recipe, checkpoint: Path, tell: Ca
         "trained_tokens": recipe.steps * recipe.batch * recipe.window,
         "loss_curve": curve,
     }
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """A recipe's AdamW, which decays matrices only."""
+    import torch
+
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 
 def _keep(model: Any, optimizer: Any, checkpoint: Path, step: int, curve: list[tuple[int, float]], seconds: float) -> None:

@@ -1,0 +1,67 @@
+"""Gated feed-forward experts of a mixture: each expert's rows lie one after the other, so that it multiplies one contiguous slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def by_expert(expert: Int64[Tensor, "A"], experts: int) -> tuple[Int64[Tensor, "A"], list[int]]:
+    """(the places of the assignments expert by expert, in their order within each; how many each expert has).
+
+    >>> order, counts = by_expert(torch.tensor([2, 0, 2, 0]), 3)
+    >>> order.tolist(), counts
+    ([1, 3, 0, 2], [2, 0, 2])
+    """
+    return torch.argsort(expert, stable=True), torch.bincount(expert, minlength=experts).tolist()
+
+
+class GatedExperts(nn.Module):
+    """SwiGLU experts of one size: E_e(x) = W_down_e (SiLU(W_gate_e x) * W_value_e x).
+
+    An expert without rows takes part with none: its gradient is zero, and not absent, as data-parallel training needs it.
+
+    Args:
+        experts, hidden_size, intermediate_size: E, D and I.
+
+    Attributes:
+        up_proj: [E, 2I, D], the gate's rows first.
+        down_proj: [E, D, I].
+    """
+
+    def __init__(self, experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert as torch's Linear would be."""
+        for weight in (self.up_proj, self.down_proj):
+            bound = weight.shape[-1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, rows: Float[Tensor, "A D"], counts: Sequence[int]) -> Float[Tensor, "A D"]:
+        """Rows that are sorted by expert, `counts` of them for each.
+
+        The weights are taken apart once (`unbind`): a select for each expert would give a gradient of all experts' size each time.
+        """
+        return torch.cat(
+            [
+                self._expert(part, up, down)
+                for part, up, down in zip(rows.split(list(counts)), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
+            ]
+        )
+
+    @staticmethod
+    def _expert(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gate, value = F.linear(rows, up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, down)
+
+    def extra_repr(self) -> str:
+        experts, double, hidden = self.up_proj.shape
+        return f"{experts} x ({hidden} -> {double // 2} -> {hidden})"
