@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from fewer.files import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-OURS = "fewer_"  # how the type of a model with layers of their own widths begins; this library has its classes
+OURS = "fewer_"  # how types of this library begin: "fewer_llama" has layers of their own widths, "fewer_METHOD" is in METHOD/model.py
 ODD = 10_000  # more layers than any model has: the number is held against the weights before anything is made of it
 SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
@@ -66,9 +67,7 @@ def checked_kind(folder: Path) -> str:
     if not isinstance(kind, str):
         raise ValueError(f"{folder / CONFIG}: model_type is {kind!r}; expected a word such as llama")
     if kind.startswith(OURS):
-        from fewer.language._shared import modeling_fewer
-
-        modeling_fewer.register()
+        _register_own(kind)
     else:
         _refuse_own_code(config, folder / CONFIG)
     if kind not in CONFIG_MAPPING:
@@ -80,6 +79,17 @@ def checked_kind(folder: Path) -> str:
             f"{folder} holds quantised weights (quantization_config); expected plain ones: take the model's unquantised directory"
         )
     return kind
+
+
+def _register_own(kind: str) -> None:
+    """Let transformers know a type of ours: a plain one whose layers have widths of their own, or the model of the method it is named after."""
+    method = kind.removeprefix(OURS)
+    if method.isidentifier() and (Path(__file__).parents[1] / method / "model.py").is_file():
+        importlib.import_module(f"fewer.language.{method}.model")
+        return
+    from fewer.language._shared import modeling_fewer
+
+    modeling_fewer.register()
 
 
 def _refuse_own_code(config: Mapping[str, Any], file: Path) -> None:
