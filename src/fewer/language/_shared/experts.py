@@ -1,11 +1,11 @@
-"""Gated feed-forward experts of a mixture: each expert's rows lie one after the other, so that it multiplies one contiguous slice."""
+"""Experts of a mixture: each one's tokens, and each one's weights, lie one after the other, so that it multiplies contiguous slices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,3 +65,25 @@ class GatedExperts(nn.Module):
     def extra_repr(self) -> str:
         experts, double, hidden = self.up_proj.shape
         return f"{experts} x ({hidden} -> {double // 2} -> {hidden})"
+
+
+def over_active_experts(
+    x: Float[Tensor, "T d"],
+    gates: Float[Tensor, "T E"],
+    active: Bool[Tensor, "T E"],
+    hidden: Callable[[Tensor, int], Tensor],
+    down: Float[Tensor, "E e d"],
+) -> Float[Tensor, "T d"]:
+    """y_t = sum_i gates_ti hidden_i(x_t) down_i, over the experts that any of the tokens activates; the weights of others are not read.
+
+    All tokens pass each of these experts in one product (a few tokens cost what one does: the weights are what takes time); a gate of zero
+    takes out what a token did not ask for.
+
+    Args:
+        hidden: (x, expert) -> [T, e], what the expert holds between its two maps.
+        down: [E, e, d], each expert's rows contiguous.
+    """
+    y = torch.zeros_like(x)
+    for expert in active.any(0).nonzero().flatten().tolist():
+        y.addmm_(hidden(x, expert) * gates[:, expert, None], down[expert])
+    return y

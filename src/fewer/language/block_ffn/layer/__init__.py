@@ -1,0 +1,1 @@
+"""The layer: router, experts, and the ways in which they are multiplied."""
