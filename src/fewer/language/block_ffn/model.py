@@ -177,7 +177,8 @@ class BlockFFNForCausalLM(LlamaForCausalLM):
     def _check_graph(self, router_logits: Sequence[Tensor]) -> None:
         """Re-entrant checkpointing runs layers without a graph, and the losses on router logits would silently teach nothing."""
         learning = torch.is_grad_enabled() and any(each.requires_grad for each in self.model.layers.parameters())
-        if learning and self.is_gradient_checkpointing and not any(logits.requires_grad for logits in router_logits):
+        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.layers)
+        if learning and checkpointed and not any(logits.requires_grad for logits in router_logits):
             raise RuntimeError(
                 "router logits have no gradient under re-entrant checkpointing; expected the other kind: "
                 "gradient_checkpointing_enable({'use_reentrant': False})"

@@ -17,8 +17,9 @@ from fewer.language._shared.experts import over_active_experts
 
 Kernel = Literal["auto", "dense", "sparse", "union", "triton"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
-# Where a loop over active experts is quicker than the dense products, on a processor core: measured, see the bench.
-FEW_TOKENS, LEAST_ENTRIES, MOST_ACTIVE = 64, 2**15, 0.6
+# Where a loop over active experts is quicker than the dense products, as measured on a processor core: at most half of the experts, each
+# large enough (entries of one of its maps) or for tokens enough that multiplying takes longer than calling does.
+MOST_ACTIVE, LARGE, LARGE_WITH_TOKENS = 0.5, 2**15, 2**18
 
 
 def at_least_single(x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class BlockFFN(nn.Module):
             - "sparse": each token by itself, its own experts alone (one token);
             - "union": all tokens together, the experts that any of them needs (tokens of a draft that are verified at once);
             - "triton": the same on a GPU, in one launch for each of the two maps (silu only; no gradients);
-            - "auto": "union" for few tokens on a CPU where it is quicker, else "dense".
+            - "auto": "union" on a CPU where at most half of the experts are active and it is quicker, else "dense".
 
     Attributes:
         router_proj, router_norm, up_proj [E d_e, d], down_proj [d, E d_e]: the released names and shapes. down_proj is kept so that an
@@ -159,7 +160,8 @@ class BlockFFN(nn.Module):
 
     def _quickest(self, x: Tensor, active: Tensor) -> Kernel:
         learning = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in self.parameters()))
-        if learning or x.is_cuda or len(x) > FEW_TOKENS or self.expert_size * self.hidden_size < LEAST_ENTRIES:
+        entries = self.expert_size * self.hidden_size
+        if learning or x.is_cuda or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
             return "dense"
         return "union" if active.any(0).float().mean() <= MOST_ACTIVE else "dense"
 
