@@ -137,19 +137,19 @@ def read_text(file: str | Path) -> str:
         raise ValueError(f"{file} cannot be read ({error.strerror}); name another text file") from error
 
 
-def read_pairs(file: str | Path) -> list[tuple[str, str]]:
+def read_pairs(file: str | Path, names: tuple[str, str] = ("prompt", "completion")) -> list[tuple[str, str]]:
     """The (prompt, completion) pairs of a JSONL file, an object a line; ValueError naming the line that is none."""
-    shape = '{"prompt": "...", "completion": "..."}'
+    shape = json.dumps(dict.fromkeys(names, "..."))
     pairs = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
-            pair = (row["prompt"], row["completion"])
+            pair = (row[names[0]], row[names[1]])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{file}, line {number}: expected {shape}, one object a line") from None
-        for name, value in zip(("prompt", "completion"), pair, strict=True):
+        for name, value in zip(names, pair, strict=True):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{file}, line {number}: its {name} is {json.dumps(value)[:40]}; expected a text: {shape}")
         pairs.append(pair)
