@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import mmap
 import shutil
@@ -27,6 +28,7 @@ from fewer.language.zo2.blocks import owner_of
 
 ALIGNMENT = 64  # bytes
 SCALE = 8  # bytes at the end of a short bucket: its scale, float64
+CHUNK = 1 << 17  # numbers that are rounded at a time: what comes between stays in the cache, and out of the memory that is to be saved
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -104,39 +106,51 @@ class Short:
 
     def narrow(self, bucket: Tensor, layout: Layout, key: int) -> UInt8[Tensor, "bytes"]:
         """The short bucket of a bucket; `key` seeds stochastic rounding."""
-        values = torch.cat([slot.view(bucket).reshape(-1) for slot in layout.slots])
-        scale = scale_of(values, self.dtype)
-        draws = torch.Generator(values.device).manual_seed(key) if self.rounding == "stochastic" else None
-        codes = rounded(values / scale, self.dtype, draws)
-        return torch.cat([codes.view(torch.uint8), torch.tensor([scale], dtype=torch.float64, device=codes.device).view(torch.uint8)])
+        short = buffer(self.size(layout)).to(bucket.device)
+        codes, start = short[:-SCALE].view(self.dtype), 0
+        views = [slot.view(bucket).reshape(-1) for slot in layout.slots]
+        largest = max((view.abs().max().item() for view in views if len(view)), default=0.0)
+        scale = scale_for(largest, self.dtype)
+        draws = torch.Generator(bucket.device).manual_seed(key) if self.rounding == "stochastic" else None
+        for part in itertools.chain.from_iterable(view.split(CHUNK) for view in views):
+            codes[start : start + len(part)] = rounded(part / scale, self.dtype, draws)
+            start += len(part)
+        short[-SCALE:].copy_(torch.tensor([scale], dtype=torch.float64).view(torch.uint8))
+        return short
 
     def widen(self, short: Tensor, layout: Layout) -> UInt8[Tensor, "bytes"]:
         """The bucket of a short one."""
         bucket = buffer(layout.size).to(short.device)
-        scale = short[-SCALE:].clone().view(torch.float64).item()
-        codes, start = short[:-SCALE].view(self.dtype), 0
-        for slot in layout.slots:
-            view = slot.view(bucket)
-            view.copy_(codes[start : start + view.numel()].view(slot.shape)).mul_(scale)
-            start += view.numel()
+        scale = self._scale(short)
+        for slot, codes in self._parts(short, layout):
+            slot.view(bucket).copy_(codes.view(slot.shape)).mul_(scale)
         return bucket
 
     def kept(self, before: Tensor, after: Tensor, layout: Layout) -> tuple[int, int]:
-        """(trained numbers whose code is the same, trained numbers)."""
-        same = self._values(before) == self._values(after)
-        mask = torch.cat([torch.full((math.prod(slot.shape),), slot.trained) for slot in layout.slots])
-        return int((same & mask).sum()), int(mask.sum())
+        """(trained numbers whose value is the same, trained numbers)."""
+        same = count = 0
+        change = self._scale(after) / self._scale(before)
+        for (slot, old), (_, new) in zip(self._parts(before, layout), self._parts(after, layout), strict=True):
+            if slot.trained:
+                pairs = zip(old.split(CHUNK), new.split(CHUNK), strict=True)
+                same += sum(int((one.float() == two.float() * change).sum()) for one, two in pairs)
+                count += len(old)
+        return same, count
 
-    def _values(self, short: Tensor) -> Tensor:
-        return short[:-SCALE].view(self.dtype).float() * short[-SCALE:].clone().view(torch.float64).float()
+    def _scale(self, short: Tensor) -> float:
+        return short[-SCALE:].clone().view(torch.float64).item()
+
+    def _parts(self, short: Tensor, layout: Layout) -> Iterator[tuple[Slot, Tensor]]:
+        """The slots with their codes, flat."""
+        sizes = [math.prod(slot.shape) for slot in layout.slots]
+        return zip(layout.slots, short[:-SCALE].view(self.dtype).split(sizes), strict=True)
 
     def _count(self, layout: Layout) -> int:
         return sum(math.prod(slot.shape) for slot in layout.slots)
 
 
-def scale_of(values: Float[Tensor, "n"], dtype: torch.dtype) -> float:
+def scale_for(largest: float, dtype: torch.dtype) -> float:
     """The smallest power of two by which the largest value comes into the type's range."""
-    largest = values.abs().max().item() if values.numel() else 0.0
     return 2.0 ** math.ceil(math.log2(largest / torch.finfo(dtype).max)) if largest > 0 and math.isfinite(largest) else 1.0
 
 
@@ -145,14 +159,12 @@ def rounded(values: Float[Tensor, "n"], dtype: torch.dtype, draws: torch.Generat
     nearest = values.to(dtype)
     if draws is None:
         return nearest
-    codes = torch.uint8 if dtype.itemsize == 1 else torch.int16
-    size, near = values.abs().double(), nearest.abs()
-    below = torch.where(near.double() > size, near.view(codes) - 1, near.view(codes)).to(
-        codes
-    )  # codes of positive numbers are in their order
-    low, high = below.view(dtype).double(), (below + 1).to(codes).view(dtype).double()
-    up = torch.rand(values.shape, generator=draws, device=values.device, dtype=torch.float64) < (size - low) / (high - low)
-    return torch.copysign(torch.where(up, high, low), values.double()).to(dtype)
+    codes, wide = torch.uint8 if dtype.itemsize == 1 else torch.int16, torch.promote_types(values.dtype, torch.float32)
+    size, near = values.abs().to(wide), nearest.abs()
+    below = near.view(codes) - (near.to(wide) > size).to(codes)  # codes of positive numbers are in their order
+    low, high = below.view(dtype).to(wide), (below + 1).view(dtype).to(wide)
+    up = torch.rand(values.shape, generator=draws, device=values.device, dtype=wide) < (size - low) / (high - low)
+    return torch.copysign(torch.where(up, high, low), values.to(wide)).to(dtype)
 
 
 class Store:
