@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fewer.language import AdaptiveFactor, activation_locality_loss, chunk_sparsification_loss
-from fewer.language.block_ffn.layer.block_ffn import root_mean_square_norm
+from fewer.language.block_ffn.layer import root_mean_square_norm
 
 DRAW = torch.Generator().manual_seed(0)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewer.language import model_sparsity, sparsity_stats
-from fewer.language.block_ffn.sparsity import documents_of
+from fewer.language._shared.token_rows import documents_of
 from fewer.language.block_ffn.study import draw_active
 from fewer.tasks import load_small_lm
 

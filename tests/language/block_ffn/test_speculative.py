@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -37,10 +38,13 @@ def greedy(model, prompts, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("drafter", "many", "tokens"), [("ngram", 50, 64), ("a smaller model", 4, 32), ("itself", 4, 32)])
+@pytest.mark.parametrize(("drafter", "many", "tokens"), [("ngram", 50, 64), ("a model near it", 4, 32), ("itself", 4, 32)])
 def test_greedy_text_is_the_targets_own(drafter, many, tokens):
     model = make(torch.float64, kernel="union")
-    draft = {"ngram": "ngram", "a smaller model": smaller(), "itself": model}[drafter]
+    near = copy.deepcopy(model)
+    for weight in near.parameters():
+        weight += 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(4), dtype=weight.dtype)
+    draft = {"ngram": "ngram", "a model near it": near, "itself": model}[drafter]
     texts, margin = greedy(model, torch.cat(PROMPTS[:many]), tokens)
     assert margin > 1e-9  # no tie that rounding could turn
     kept = []
@@ -51,7 +55,8 @@ def test_greedy_text_is_the_targets_own(drafter, many, tokens):
         assert len(out.union_shares) == len(out.accepted) == len(out.drafted)
         assert all(0 <= share <= 1 for share in out.union_shares)
         kept.append(out.tokens_a_pass)
-    assert max(kept) > {"ngram": 1, "a smaller model": 1, "itself": 7}[drafter]
+    low, high = {"ngram": (1, 9), "a model near it": (1, 7), "itself": (7, 9)}[drafter]
+    assert low < max(kept) <= high
 
 
 def test_sampled_pairs_of_tokens_have_the_targets_distribution():
@@ -79,7 +84,7 @@ def test_sampled_pairs_of_tokens_have_the_targets_distribution():
         assert chisquare(counts.numpy(), (exact * 20_000).numpy()).pvalue > 1e-3, certain
 
 
-@pytest.mark.parametrize(("draft", "draws"), [("ngram", 300), ("model", 300)])
+@pytest.mark.parametrize(("draft", "draws"), [("ngram", 200), ("model", 200)])
 def test_sampling_end_to_end_has_the_targets_distribution(draft, draws):
     model = make(torch.float64, vocab_size=6, initializer_range=0.5, eos_token_id=None)
     torch.manual_seed(5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fewer.errors import require
 
 
 def by_expert(expert: Int64[Tensor, "A"], experts: int) -> tuple[Int64[Tensor, "A"], list[int]]:
@@ -87,3 +90,16 @@ def over_active_experts(
     for expert in active.any(0).nonzero().flatten().tolist():
         y.addmm_(hidden(x, expert) * gates[:, expert, None], down[expert])
     return y
+
+
+def triton_kernel(weight: Tensor) -> Callable[..., Tensor]:
+    """`expert_kernels.union_experts`; RuntimeError where Triton cannot run on a weight's device."""
+    if not (weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise RuntimeError(
+            f"kernel is 'triton' and the weights are on {weight.device}; expected a GPU (or Triton's interpreter): "
+            "move the model there, or use kernel='auto'"
+        )
+    require("triton", "language")
+    from fewer.language._shared.expert_kernels import union_experts
+
+    return union_experts

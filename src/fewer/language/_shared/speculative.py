@@ -129,10 +129,13 @@ def accept_by_rejection(
         drawn_from: q; None where each token was certain, q(token) = 1.
         target: p after each drafted token, and after the last.
     """
-    for place, token in enumerate(draft.tolist()):
-        q = torch.zeros_like(target[place]).index_fill(0, draft[place], 1) if drawn_from is None else drawn_from[place]
-        if torch.rand((), dtype=torch.float64).item() * q[token].item() >= target[place, token].item():
-            rest = (target[place] - q).clamp(min=0)
+    places = torch.arange(len(draft), device=draft.device)
+    p = target[places, draft].tolist()
+    q = [1.0] * len(draft) if drawn_from is None else drawn_from[places, draft].tolist()
+    for place, chance in enumerate(torch.rand(len(draft), dtype=torch.float64).tolist()):
+        if chance * q[place] >= p[place]:
+            drawn = torch.zeros_like(target[0]).index_fill_(0, draft[place], 1) if drawn_from is None else drawn_from[place]
+            rest = (target[place] - drawn).clamp(min=0)
             return torch.cat([draft[:place], torch.multinomial(rest, 1)])
     return torch.cat([draft, torch.multinomial(target[len(draft)], 1)])
 

@@ -1,4 +1,4 @@
-from .layer.block_ffn import BlockFFN
+from .layer import BlockFFN
 from .model import BlockFFNConfig, BlockFFNForCausalLM
 from .objective.adaptive_factor import AdaptiveFactor, AdaptiveFactorCallback
 from .objective.losses import activation_locality_loss, chunk_sparsification_loss

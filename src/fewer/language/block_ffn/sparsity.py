@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewer.checks import check_whole
 from fewer.fitting import evaluating
-from fewer.language.block_ffn.objective.losses import neighbours, valid_tokens
+from fewer.language._shared.token_rows import documents_of, neighbours, valid_tokens
 
 WINDOWS = (2, 4, 8, 16, 32)
 
@@ -96,18 +96,6 @@ def _mean(values: Tensor) -> float:
     return values.mean().item() if len(values) else math.nan
 
 
-def documents_of(tokens: Integer[Tensor, "B S"], end: int | None) -> Integer[Tensor, "B S"]:
-    """A number for each document of rows of text in which the token `end` ends one.
-
-    >>> documents_of(torch.tensor([[5, 0, 7, 8, 0]]), end=0)
-    tensor([[0, 0, 1, 1, 1]])
-    """
-    if end is None:
-        return torch.zeros_like(tokens)
-    ended = (tokens == end).long()
-    return ended.cumsum(1) - ended
-
-
 @torch.no_grad()
 def model_sparsity(model: Any, input_ids: Integer[Tensor, "B S"], end: int | None = None, batch: int = 8) -> list[SparsityStats]:
     """The sparsity of each layer of a model, in eval mode, on rows of text whose documents end with the token `end`."""
@@ -124,9 +112,9 @@ def model_sparsity(model: Any, input_ids: Integer[Tensor, "B S"], end: int | Non
 
 def mean_stats(layers: Sequence[SparsityStats]) -> SparsityStats:
     """The mean over layers of one text."""
-    return SparsityStats(
-        tls=_mean(torch.tensor([each.tls for each in layers]).double()),
-        cls={window: _mean(torch.tensor([each.cls[window] for each in layers]).double()) for window in layers[0].cls},
-        reuse=_mean(torch.tensor([each.reuse for each in layers]).double()),
-        tokens=layers[0].tokens,
-    )
+
+    def mean(values: list[float]) -> float:
+        return math.fsum(values) / len(values)
+
+    cls = {window: mean([each.cls[window] for each in layers]) for window in layers[0].cls}
+    return SparsityStats(mean([each.tls for each in layers]), cls, mean([each.reuse for each in layers]), layers[0].tokens)

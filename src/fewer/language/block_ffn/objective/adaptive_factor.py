@@ -28,9 +28,6 @@ class AdaptiveFactor:
     Attributes:
         value: lambda of the next step.
 
-    Raises:
-        ValueError: numbers out of range.
-
     Examples:
         >>> factor = AdaptiveFactor(0.1, stable_steps=2, adjust_every=1, smooth=False)
         >>> [round(factor.step(loss), 4) for loss in (0.8, 0.4, 0.4, 0.4004)]
@@ -61,11 +58,7 @@ class AdaptiveFactor:
         self._losses: list[float] = []  # of the last two intervals
 
     def step(self, loss: float) -> float:
-        """Take in the chunk loss of a step (from 1), and give the factor of the next.
-
-        Raises:
-            ValueError: the loss is not a finite number above 0; nothing is changed.
-        """
+        """Take in the chunk loss of a step, and give the factor of the next; ValueError where it is not a finite number above 0."""
         check_positive(loss=loss)
         self.steps += 1
         self._losses = [*self._losses, float(loss)][-2 * self.adjust_every :]
@@ -120,7 +113,7 @@ class AdaptiveFactorCallback(TrainerCallback, ExportableState):
         self._losses.append(float(model.chunk_loss))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._losses.append(float(model.chunk_loss))
+        self.on_substep_end(args, state, control, model)
         assert self.factor is not None
         model.chunk_factor = self.factor.step(math.fsum(self._losses) / len(self._losses))
         self._losses = []

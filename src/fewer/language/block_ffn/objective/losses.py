@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
 from fewer.checks import check_positive, check_whole
-from fewer.language.block_ffn.layer.block_ffn import at_least_single, root_mean_square_norm
+from fewer.language._shared.token_rows import neighbours, rows_of, valid_tokens
+from fewer.language.block_ffn.layer import at_least_single, root_mean_square_norm
 
 EPS = 1e-5  # of the released code, in p's divisor and in ln(1 - p + eps)
-
-
-def neighbours(
-    tokens: tuple[int, int], doc_ids: Integer[Tensor, "B S"] | None = None, attention_mask: Integer[Tensor, "B S"] | None = None
-) -> Bool[Tensor, "B S-1"]:
-    """Which tokens t and t + 1 belong together: both no padding, and of one document.
-
-    >>> neighbours((1, 5), torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0]]))
-    tensor([[ True, False,  True, False]])
-    """
-    valid = valid_tokens(tokens, attention_mask)
-    together = valid[:, :-1] & valid[:, 1:]
-    if doc_ids is not None:
-        _check_like(tokens, doc_ids=doc_ids)
-        together = together & (doc_ids[:, :-1] == doc_ids[:, 1:]).to(together.device)
-    return together
-
-
-def valid_tokens(tokens: tuple[int, int], attention_mask: Tensor | None) -> Bool[Tensor, "B S"]:
-    """Which tokens are no padding: all, where there is no mask."""
-    if attention_mask is None:
-        return torch.ones(tokens, dtype=torch.bool)
-    _check_like(tokens, attention_mask=attention_mask)
-    return attention_mask.bool()
-
-
-def _check_like(tokens: tuple[int, int], **given: Tensor) -> None:
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or tuple(value.shape) != tokens or value.is_floating_point():
-            was = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} is {was}; expected integers {tokens}: one for each token of router_logits")
-
-
-def _tokens(router_logits: Tensor) -> tuple[int, int]:
-    if router_logits.ndim != 3:
-        raise ValueError(f"router_logits is {tuple(router_logits.shape)}; expected [batch, tokens, experts]")
-    return (router_logits.shape[0], router_logits.shape[1])
 
 
 def activation_locality_loss(
@@ -77,7 +41,7 @@ def activation_locality_loss(
         tensor(0.)
     """
     check_positive(alpha=alpha)
-    pairs = neighbours(_tokens(router_logits), doc_ids, attention_mask).to(router_logits.device)
+    pairs = neighbours(rows_of(router_logits), doc_ids, attention_mask).to(router_logits.device)
     sharp = alpha * at_least_single(router_logits)
     target = torch.sigmoid(sharp[:, 1:][pairs])
     losses = F.binary_cross_entropy_with_logits(sharp[:, :-1][pairs], target.detach() if detach_target else target, reduction="sum")
@@ -113,20 +77,15 @@ def chunk_sparsification_loss(
         >>> round(chunk_sparsification_loss(same, chunk_len=4).item(), 2), round(chunk_sparsification_loss(other, chunk_len=4).item(), 2)
         (0.25, 1.0)
     """
-    batch, length = tokens = _tokens(router_logits)
-    check_chunks(length, chunk_len)
-    valid = valid_tokens(tokens, attention_mask).to(router_logits.device).view(batch, -1, chunk_len)
+    batch, length = rows = rows_of(router_logits)
+    check_whole(chunk_len=chunk_len)
+    if length % chunk_len:
+        whole = -(-length // chunk_len) * chunk_len
+        raise ValueError(f"the sequence has {length} tokens; expected a multiple of chunk_len {chunk_len}: pad it to {whole}")
+    valid = valid_tokens(rows, attention_mask).to(router_logits.device).view(batch, -1, chunk_len)
     gates = root_mean_square_norm(F.relu(router_logits), eps)
     share = gates / (gates.sum(-1, keepdim=True) + EPS)
     unused = torch.log(1 - share + EPS).unflatten(1, (-1, chunk_len)).masked_fill(~valid[..., None], 0)
     used = 1 - unused.sum(2).exp()
     chunks = valid.any(-1)
     return used[chunks].sum() / max(1, int(chunks.sum()) * router_logits.shape[-1])
-
-
-def check_chunks(length: int, chunk_len: int) -> None:
-    """ValueError where a sequence is not a whole number of chunks."""
-    check_whole(chunk_len=chunk_len)
-    if length % chunk_len:
-        whole = -(-length // chunk_len) * chunk_len
-        raise ValueError(f"the sequence has {length} tokens; expected a multiple of chunk_len {chunk_len}: pad it to {whole}")

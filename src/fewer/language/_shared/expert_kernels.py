@@ -1,4 +1,4 @@
-"""The union kernel on a GPU: two Triton kernels that read the experts in use alone, for one token (a matrix-vector product) or a few.
+"""`over_active_experts` on a GPU, for SiLU experts without a gate: two Triton kernels that read the experts in use alone.
 
 Which experts are in use is listed on the device: a grid has a program for every expert, and those past the end of the list return at
 once, so that the host never waits. The second map is split over the list (split-K), its parts added in one order.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewer.checks import check_choice, check_positive, check_whole
-from fewer.errors import require
-from fewer.language._shared.experts import over_active_experts
+from fewer.language._shared.experts import over_active_experts, triton_kernel
 
 Kernel = Literal["auto", "dense", "sparse", "union", "triton"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -56,10 +54,10 @@ class BlockFFN(nn.Module):
         kernel: how the experts are multiplied; all ways give the same up to rounding.
 
             - "dense": all experts, as one wide network (training, long prompts);
-            - "sparse": each token by itself, its own experts alone (one token);
-            - "union": all tokens together, the experts that any of them needs (tokens of a draft that are verified at once);
-            - "triton": the same on a GPU, in one launch for each of the two maps (silu only; no gradients);
-            - "auto": "union" on a CPU where at most half of the experts are active and it is quicker, else "dense".
+            - "sparse": each token by itself, its own experts alone;
+            - "union": all tokens together, the experts that any of them needs (a draft that is verified);
+            - "triton": the same on a GPU (silu only; no gradients);
+            - "auto": "union" on a CPU where it is quicker, else "dense".
 
     Attributes:
         router_proj, router_norm, up_proj [E d_e, d], down_proj [d, E d_e]: the released names and shapes. down_proj is kept so that an
@@ -143,7 +141,7 @@ class BlockFFN(nn.Module):
                 hidden = ACTIVATIONS[self.activation](F.linear(x, self.up_proj)).unflatten(-1, (self.num_experts, self.expert_size))
                 return F.linear((hidden * gates[..., None]).flatten(-2), self.down_proj)
             case "triton":
-                return self._triton()(x, gates, active, *self.blocks())
+                return triton_kernel(self.up_proj)(x, gates, active, *self.blocks())
             case "sparse" if len(x) != 1:
                 return torch.cat(
                     [self.mix(*token, "union") for token in zip(x.split(1), gates.split(1), active.split(1), strict=True)] or [x]
@@ -164,17 +162,6 @@ class BlockFFN(nn.Module):
         if learning or x.is_cuda or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
             return "dense"
         return "union" if active.any(0).float().mean() <= MOST_ACTIVE else "dense"
-
-    def _triton(self) -> Callable[..., Tensor]:
-        if not (self.up_proj.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-            raise RuntimeError(
-                f"kernel is 'triton' and the weights are on {self.up_proj.device}; expected a GPU (or Triton's interpreter): "
-                "move the model there, or use kernel='auto'"
-            )
-        require("triton", "language")
-        from fewer.language.block_ffn.layer.kernels import union_experts
-
-        return union_experts
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"router_logits": None}  # it has a graph, which no copy can have

@@ -1,1 +1,0 @@
-"""The layer: router, experts, and the ways in which they are multiplied."""
