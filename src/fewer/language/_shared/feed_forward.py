@@ -35,9 +35,11 @@ def _check_mlp(layer: nn.Module) -> None:
         raise ValueError(f"{type(mlp).__name__} has no {', '.join(missing)}; expected a gated MLP as in Llama, Mistral, Qwen2{fused}")
     for part in PARTS:
         linear = getattr(mlp, part)
-        if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+        weight = getattr(linear, "weight", None)
+        if type(linear) is not nn.Linear or not isinstance(weight, Tensor) or not weight.is_floating_point():
+            kept = getattr(weight, "dtype", "no plain weight")
             raise TypeError(
-                f"{part} is a {type(linear).__name__} of {linear.weight.dtype}; expected an unquantised torch.nn.Linear: load the model without quantisation"
+                f"{part} is a {type(linear).__name__} of {kept}; expected an unquantised torch.nn.Linear: load the model without quantisation"
             )
 
 

@@ -10,27 +10,22 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer.inputs import read_pairs
 from fewer.language._shared.feed_forward import count_parameters, decoder_layers, ffn_flops, width_of
-from fewer.language._shared.model_directory import load_directory
 from fewer.language._shared.timing import one_thread, reading_seconds, writing_seconds
+from fewer.language._shared.trained import DATA_HELP, TEXT_HELP, Trained, trained
 from fewer.language.cfsp.calibration import CfspStats, calibrate
 from fewer.language.cfsp.peers import prune_by_global_threshold
 from fewer.language.cfsp.pruning import PruneReport, prune, save_pruned
 from fewer.language.cfsp.recovery import recover
 from fewer.study import Curve, Figure, Results, Scale, Study, Tradeoff, Trial
 from fewer.study.results import bootstrap
-from fewer.tasks import fetch_small_lm, open_lm
-from fewer.tasks.language_corpus import Corpus, token_stream
-from fewer.tasks.lm_training import check_window, draw_windows
-from fewer.tasks.small_lm import corpus_of
+from fewer.tasks.lm_training import draw_windows
 
 HALF: dict[str, Any] = {"removed": 0.5}
 THIRD: dict[str, Any] = {"removed": 0.3}
@@ -65,8 +60,8 @@ study = Study(
     seeds=3,
 )
 study.option("model", "", help="a model directory (Llama, Mistral, Qwen, Gemma, OLMo, Granite) in place of the small language model")
-study.option("text", "", help="a UTF-8 text file to calibrate and judge on, in place of the standard library's Python")
-study.option("data", "", help="a JSONL file of prompt and completion to calibrate and judge on, the last tenth of it held out")
+study.option("text", "", help=TEXT_HELP)
+study.option("data", "", help=DATA_HELP)
 study.option("multiple_of", 16, help="widths are multiples of it", least=1)
 
 SHARES = {Scale.QUICK: (0.3, 0.5), Scale.FULL: (0.2, 0.3, 0.5)}
@@ -78,43 +73,22 @@ RECOVERY_STEPS, RECOVERY_BATCH, RECOVERY_WINDOW = 100, 4, 128
 
 @dataclass
 class Task:
-    """A dense model's directory, its training text and text it has not seen, in tokens."""
+    """A dense model with its text; `test` is what it is judged on."""
 
-    folder: Path
-    train: Tensor
+    given: Trained
     test: Tensor
     scale: Scale
     multiple_of: int
-    about: str  # which model, and how well it predicts
-
-    def model(self, device: str) -> Any:
-        return load_directory(self.folder, "float32", dense=True)[0].to(device)
 
     def windows(self, seed: int) -> Tensor:
         """Calibration windows [N, 256] of the training text."""
-        return draw_windows(self.train, WINDOWS[self.scale], WINDOW, torch.Generator().manual_seed(seed))
+        return draw_windows(self.given.train, WINDOWS[self.scale], WINDOW, torch.Generator().manual_seed(seed))
 
 
 @study.task
 def task(scale: Scale, model: str, text: str, data: str, multiple_of: int) -> Task:
-    corpus = corpus_of_pairs(data) if data else corpus_of([text] if text else [])
-    if model:
-        tokenizer = load_directory(model, dense=True)[1]
-        train, test, about = token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.validation), model
-    else:
-        lm = open_lm(fetch_small_lm(text=[text] if text else []), corpus)
-        model, train, test = str(lm.folder), lm.train, lm.validation
-        about = f"{lm.key}, trained to a validation loss of {lm.about['validation_loss']:.3f}"
-    for part in (train, test):
-        check_window(part, WINDOW)
-    return Task(Path(model), train, test[: HELD_OUT[scale]], scale, multiple_of, about)
-
-
-def corpus_of_pairs(data: str) -> Corpus:
-    """Prompts with their completions as documents, the last tenth held out."""
-    rows = tuple((f"{number}", prompt + completion) for number, (prompt, completion) in enumerate(read_pairs(data)))
-    held = max(1, len(rows) // 10)
-    return Corpus(rows[:-held], rows[-held:], data)
+    given = trained(model, text, data, window=WINDOW)
+    return Task(given, given.validation[: HELD_OUT[scale]], scale, multiple_of)
 
 
 @torch.no_grad()
@@ -132,7 +106,7 @@ def loss_and_accuracy(model: nn.Module, tokens: Tensor, batch: int = 8) -> tuple
 
 def judge(model: nn.Module, task: Task, trial: Trial, *removed: float) -> None:
     """Log a model's loss and size at a share removed (a dense one's at all shares: a line to compare with)."""
-    trial.note("language model", task.about)
+    trial.note("language model", task.given.about)
     loss, accuracy = loss_and_accuracy(model, task.test)
     widths = [width_of(layer) for layer in decoder_layers(model)]
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +135,7 @@ def prune_and_judge(task: Task, trial: Trial, way: Way, timed: bool = False) -> 
     """Calibrate, prune and judge at each share; how often the model is passed is counted at its embeddings, from outside."""
     windows = task.windows(trial.seed)
     for removed in SHARES[task.scale]:
-        model, seen = task.model(trial.device), []
+        model, seen = task.given.model(trial.device), []
         watched = model.get_input_embeddings().register_forward_hook(lambda _, args, output, seen=seen: seen.append(args[0].numel()))
         with one_thread(), trial.measure("prune", removed=removed):
             stats = calibrate(model, windows.split(8))
@@ -178,7 +152,7 @@ def prune_and_judge(task: Task, trial: Trial, way: Way, timed: bool = False) -> 
 
 @study.arm("dense", against="dense", label="not pruned")
 def dense(task: Task, trial: Trial) -> None:
-    model = task.model(trial.device)
+    model = task.given.model(trial.device)
     judge(model, task, trial, 0.0, *SHARES[task.scale])
     log_speed(model, task, trial)
 
@@ -209,12 +183,12 @@ study.arm_table(
 
 
 def recover_and_judge(task: Task, trial: Trial, ig: Any) -> None:
-    model, steps = task.model(trial.device), RECOVERY_STEPS
+    model, steps = task.given.model(trial.device), RECOVERY_STEPS
     report = prune(model, calibrate(model, task.windows(trial.seed).split(8)), HALF["removed"], multiple_of=task.multiple_of)
     words = {"batch": RECOVERY_BATCH, "window": RECOVERY_WINDOW, "seed": trial.seed}
     with one_thread(), trial.measure("recover"):
         tell = trial.follow("training_loss", total=steps, text="loss", over="step")
-        recover(model, task.train, steps, scores=report.scores, ig=ig, tell=lambda _, loss: tell(loss), **words)
+        recover(model, task.given.train, steps, scores=report.scores, ig=ig, tell=lambda _, loss: tell(loss), **words)
     judge(model, task, trial, HALF["removed"])
 
 

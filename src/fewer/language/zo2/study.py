@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from fewer.data import WEIGHTS, fetch_smollm2, folder_of, load_state_of_the_union, made_once
 from fewer.files import read_json
-from fewer.inputs import read_pairs
 from fewer.language._shared.fine_tuning import fine_tune
 from fewer.language._shared.model_directory import load_directory, load_tokenizer
 from fewer.language._shared.timing import one_thread
+from fewer.language._shared.trained import corpus_of_pairs
 from fewer.language.zo2.checkpoints import Digest
 from fewer.language.zo2.mezo import MeZO, StepResult, ZO2Config
 from fewer.language.zo2.streaming import ZO2
@@ -38,7 +39,6 @@ BITS_SHAPE, BITS_STEPS, BITS_LR = (2, 64), 3, 1e-5
 COST_SHAPE = (2, 32)
 HELD_OUT = 8192  # tokens
 ADDRESSES, UNSEEN = 12, 2  # the last addresses, and how many of them are held out
-
 SMALL = "family-xs"
 
 study = Study(
@@ -113,11 +113,7 @@ def task(scale: Scale, model: str, text: str, data: str) -> Task:
 def corpus_of(text: str, data: str) -> Corpus:
     """What is to be learnt, and a part that is held out."""
     if data:
-        rows = tuple((str(number), prompt + completion) for number, (prompt, completion) in enumerate(read_pairs(data)))
-        held = max(1, len(rows) // 10)
-        if len(rows) < 2:
-            raise ValueError(f"{data} holds one example; expected at least 2, to learn from and to judge by")
-        return Corpus(rows[:-held], rows[-held:], data)
+        return corpus_of_pairs(data)
     if text:
         return text_corpus([text])
     addresses = load_state_of_the_union()[-ADDRESSES:]
