@@ -72,7 +72,7 @@ def test_the_ratio_that_was_asked_for_is_reached_within_a_fiftieth(target):
 
 
 def test_the_threshold_is_the_largest_of_a_grid_that_reaches_the_target():
-    model, ids, config = planted(), text(4, 40), settings()
+    model, ids, config = planted(), text(4, 40), settings(threshold=-1.0)
     theta, ratio = find_threshold(model.model, ids, config, 0.2, 8)
     assert ratio >= 0.2
     for more in (1e-6, 1e-3, 0.01, 0.05):

@@ -100,6 +100,18 @@ def test_with_adapters_beside_attention_and_ffn():
     assert torch.allclose(of_steps, teacher_forced(adapted, out[:, :-1], config, 6)[0][:, 5:], atol=1e-4)
 
 
+def test_with_quantised_weights():
+    model = torch.ao.quantization.quantize_dynamic(planted(), {torch.nn.Linear})
+    config, ids = settings(), text(2, 14)
+    with ffn_skip(model, config, per_token=True) as stats:
+        out, _ = written(model, ids[:, :6], 8)
+    assert type(model.model.layers[2].mlp.up_proj) is not torch.nn.Linear
+    assert stats.skipped_blocks > 0
+    assert stats.flops_per_block == 6 * 32 * 48
+    emptied = teacher_forced(model, out[:, :-1], settings(threshold=-1), 0)[1]
+    assert emptied.ratio == 0.5
+
+
 def test_with_the_hooks_of_accelerate():
     model = planted()
     for layer in model.model.layers:

@@ -31,11 +31,11 @@ def read(model: Any, prompt: Int64[Tensor, "B T"]) -> None:
     model(input_ids=prompt)
 
 
-def write(model: Any, prompt: Int64[Tensor, "B T"], tokens: int) -> None:
-    """Write exactly so many tokens after a prompt, greedily (decode)."""
+def write(model: Any, prompt: Int64[Tensor, "B T"], tokens: int) -> Int64[Tensor, "B N"]:
+    """Write exactly so many tokens after a prompt, greedily (decode): these tokens."""
     pad = model.config.pad_token_id or 0
     words = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), **words)
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **words)[:, prompt.shape[1] :]
 
 
 def reading_seconds(model: Any, prompt: Int64[Tensor, "B T"], repeats: int = 5) -> float:
@@ -48,3 +48,15 @@ def writing_seconds(model: Any, prompt: Int64[Tensor, "B T"], tokens: int = 32, 
     """Processor seconds to write tokens after a prompt on one thread, the median of some repeats (on a GPU seconds)."""
     with one_thread():
         return median_seconds(functools.partial(write, model, prompt, tokens), repeats, processor=not prompt.is_cuda)
+
+
+def wide_llama(layers: int, seed: int = 0) -> Any:
+    """A LlamaForCausalLM of hidden width 2,048 and random weights, float32: two thirds of a layer's bytes are its feed-forward network's.
+
+    A layer takes 0.2 GB.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": layers, "num_attention_heads": 16}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, eos_token_id=None, **shape)).eval()

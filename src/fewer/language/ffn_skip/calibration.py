@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from fewer.checks import check_whole, is_number
+from fewer.fitting import evaluating
+from fewer.language._shared.prenorm import check_structure, decoder_of, layers_of, observed
 from fewer.language.ffn_skip.config import FFNSkipConfig
-from fewer.language.ffn_skip.decoder import check_structure, decoder_of, evaluating, layers_of
 from fewer.language.ffn_skip.skipping import read, reading
 from fewer.language.ffn_skip.tokens import similarity
 
 STEPS = 30  # of the bisection
 AT_ONCE = 4096  # tokens of a pass
-CAN_SKIP = -1.0, 1.0  # a cosine's range
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +51,7 @@ class CalibrationReport:
 
 
 def calibrate(
-    model: nn.Module, input_ids: Int64[Tensor, "B S"], target_skip: float = 0.25, tokens: int = 128
+    model: nn.Module, input_ids: Int64[Tensor, "B S"], target_skip: float = 0.25, tokens: int = 128, *, steps: int = STEPS
 ) -> tuple[FFNSkipConfig, CalibrationReport]:
     """Settings with which about `target_skip` of all FFN blocks after the warm-up are skipped.
 
@@ -62,6 +60,7 @@ def calibrate(
         input_ids: texts of the kind that will be decoded. All but the last `tokens` of each are the prompt.
         target_skip: the share of all FFN blocks (the cold layers' too), in [0, 1).
         tokens: how many last tokens of each text are looked at.
+        steps: of the bisection; 0 leaves the threshold at -1.
 
     Returns:
         the settings (a warm-up of 25, no limit of skips), and what they were found from.
@@ -91,12 +90,11 @@ def calibrate(
         similarities, influence = layer_means(decoder, input_ids, starts)
         window = cold_regions(similarities.tolist())
         start, end = widened(window, similarities.tolist(), target_skip)
-        never = FFNSkipConfig(start, end, CAN_SKIP[0], num_layers=layers)
-        theta, achieved = find_threshold(decoder, input_ids, never, target_skip, starts)
-    looked_at = len(input_ids) * (input_ids.shape[1] - starts)
-    wider = end - start - (window[1] - window[0])
+        lowest = FFNSkipConfig(start, end, threshold=-1.0, num_layers=layers)
+        theta, achieved = find_threshold(decoder, input_ids, lowest, target_skip, starts, steps)
+    wider, looked_at = end - start - (window[1] - window[0]), input_ids[:, starts:].numel()
     report = CalibrationReport(similarities, influence, (start, end), wider, theta, target_skip, achieved, looked_at)
-    return dataclasses.replace(never, threshold=theta), report
+    return dataclasses.replace(lowest, threshold=theta), report
 
 
 def cold_regions(similarities: Sequence[float]) -> tuple[int, int]:
@@ -138,7 +136,7 @@ def find_threshold(
     The ratio is a step function of theta and not quite monotone, as what one token skips alters the keys that later ones read; the lower
     end has been tried, so what is given back reaches the target wherever -1 does.
     """
-    low, high = CAN_SKIP
+    low, high = config.threshold, 1.0  # a cosine's ends
     achieved = skipped_ratio(decoder, input_ids, config, starts)
     if achieved < target:
         return low, achieved
@@ -155,7 +153,7 @@ def find_threshold(
 def skipped_ratio(decoder: nn.Module, input_ids: Tensor, config: FFNSkipConfig, starts: int) -> float:
     """The share of all FFN blocks that tokens from a column on skip when the texts are read."""
     with reading(decoder, config, starts) as stats:
-        for part in input_ids.split(max(1, AT_ONCE // input_ids.shape[1])):
+        for part in _parts(input_ids):
             read(decoder, part)
     return stats.ratio
 
@@ -163,28 +161,20 @@ def skipped_ratio(decoder: nn.Module, input_ids: Tensor, config: FFNSkipConfig, 
 def layer_means(decoder: nn.Module, input_ids: Tensor, starts: int) -> tuple[Float64[Tensor, "L"], Float64[Tensor, "L"]]:
     """(s_l, mean of 1 - cos(h, h_out)) of every layer over tokens from a column on, all run in full."""
     layers = layers_of(decoder)
-    sums, states = torch.zeros(2, len(layers), dtype=torch.float64), [{} for _ in layers]
-    with contextlib.ExitStack() as hooks:
-        for number, layer in enumerate(layers):
-            own: dict[str, Tensor] = states[number]
+    sums = torch.zeros(2, len(layers), dtype=torch.float64)
 
-            def enter(module: nn.Module, args: Any, kwargs: Any, own: dict[str, Tensor] = own) -> None:
-                own["h"] = (args[0] if args else kwargs["hidden_states"])[:, starts:]
+    def see(number: int, seen: Mapping[str, Tensor]) -> None:
+        for which, before in enumerate(("middle", "h")):
+            sums[which, number] += similarity(seen[before][:, starts:], seen["h_out"][:, starts:]).double().sum().cpu()
 
-            def between(module: nn.Module, args: Any, own: dict[str, Tensor] = own) -> None:
-                own["middle"] = args[0][:, starts:]
-
-            def leave(module: nn.Module, args: Any, output: Any, own: dict[str, Tensor] = own, number: int = number) -> None:
-                after = (output[0] if isinstance(output, tuple) else output)[:, starts:]
-                sums[0, number] += similarity(own.pop("middle"), after).double().sum().cpu()
-                sums[1, number] += (1 - similarity(own.pop("h"), after)).double().sum().cpu()
-
-            hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hooks.callback(layer.post_attention_layernorm.register_forward_pre_hook(between).remove)
-            hooks.callback(layer.register_forward_hook(leave).remove)
-        for part in input_ids.split(max(1, AT_ONCE // input_ids.shape[1])):
+    with observed(layers, see):
+        for part in _parts(input_ids):
             read(decoder, part)
-    means = sums / (len(input_ids) * (input_ids.shape[1] - starts))
-    if not bool(torch.isfinite(means).all()):
+    of_ffn, of_layers = sums / input_ids[:, starts:].numel()
+    if not bool(torch.isfinite(sums).all()):
         raise ValueError("the layers' states are not finite; expected a model that gives finite ones on this text (try float32)")
-    return means[0], means[1]
+    return of_ffn, 1 - of_layers
+
+
+def _parts(input_ids: Tensor) -> tuple[Tensor, ...]:
+    return input_ids.split(max(1, AT_ONCE // input_ids.shape[1]))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,8 +47,6 @@ def calibrate_skip(
 
     Example: fewer skip calibrate model --text notes.txt --target 0.25 --out skip.json
     """
-    import dataclasses
-
     import torch
 
     from fewer.files import check_new_file
@@ -73,8 +71,8 @@ def calibrate_skip(
         print(json.dumps(config.to_dict() | {"out": str(out), "similarity": similarities, "achieved_ratio": report.achieved_ratio}))
         return
     print(f"similarity by layer: {', '.join(f'{each:.3f}' for each in similarities)}")
-    wider = f", {report.widened} layers wider than they are similar" if report.widened else ""
-    print(f"layers {config.cold_start} to {config.cold_end - 1} may be left out{wider}; threshold {config.threshold:.4f}")
+    window = f"layers {config.cold_start} to {config.cold_end - 1} ({report.widened} of them added to reach the target)"
+    print(f"FFNs of {window} may be left out; threshold {config.threshold:.4f}")
     print(f"{report.achieved_ratio:.1%} of the blocks of {report.tokens:,} tokens are; written to {out}")
 
 
@@ -93,42 +91,22 @@ def generate(
 
     Example: fewer generate model --prompt "def mean(" --skip skip.json
     """
-    import torch
-
+    from fewer.language._shared.generation import write_text
     from fewer.language._shared.model_directory import load_directory
     from fewer.language.ffn_skip import FFNSkipConfig, ffn_skip
 
     config, place = FFNSkipConfig.load(skip) if skip else None, choose_device(device)
     model, tokenizer = load_directory(model_dir)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(place)
-    if not ids.numel():
-        raise ValueError("--prompt is empty; expected text to go on from")
-    torch.manual_seed(seed)
     skipping: Any = ffn_skip(model.to(place), config) if config else contextlib.nullcontext()
     with skipping as stats:
-        start = time.perf_counter()
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings(model, tokens, sample, temperature))
-        seconds = time.perf_counter() - start
-    new = written.shape[1] - ids.shape[1]
-    told = {"tokens": new, "seconds": seconds} | ({"skipped": stats.ratio, "skipped_of_all": stats.ratio_all} if stats else {})
-    completion = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        written = write_text(model, tokenizer, prompt, tokens, sample=sample, temperature=temperature, seed=seed)
     if as_json:
-        print(json.dumps({"prompt": prompt, "completion": completion} | told))
+        shares = {"skipped": stats.ratio, "skipped_of_all": stats.ratio_all} if stats else {}
+        print(json.dumps(dataclasses.asdict(written) | shares))
         return
-    print(prompt + completion)
+    print(written.prompt + written.completion)
     left_out = f"; {stats.ratio:.1%} of the feed-forward blocks left out after the warm-up, {stats.ratio_all:.1%} of all" if stats else ""
-    print(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} a second{left_out}", file=sys.stderr)
-
-
-def settings(model: Any, tokens: int, sample: bool, temperature: float) -> Any:
-    """How to write: the user's words alone decide, and the model's own tokens end the text."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else (ends[0] if isinstance(ends, list) else ends)
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if sample else {"do_sample": False}
-    return GenerationConfig(max_new_tokens=tokens, eos_token_id=ends, pad_token_id=pad, bos_token_id=own.bos_token_id, **drawn)
+    print(f"{written.tokens} tokens in {written.seconds:.2f} s, {written.tokens / written.seconds:.1f} a second{left_out}", file=sys.stderr)
 
 
 COMMANDS = {"skip": app, "generate": generate}

@@ -61,9 +61,8 @@ class FFNSkipConfig:
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole(0, cold_start=self.cold_start, cold_end=self.cold_end, warmup_tokens=self.warmup_tokens, seed=self.seed)
-        check_whole(0, optional=["max_skips"], max_skips=self.max_skips)
-        check_whole(1, optional=["num_layers"], num_layers=self.num_layers)
+        counts = ("cold_start", "cold_end", "warmup_tokens", "seed", "max_skips", "num_layers")
+        check_whole(0, optional=["max_skips", "num_layers"], **{name: getattr(self, name) for name in counts})
         check_share(p=self.p)
         check_choice(get_args(Mode), mode=self.mode)
         check_choice(get_args(Counts), warmup_counts=self.warmup_counts)
@@ -98,6 +97,11 @@ class FFNSkipConfig:
         if self.cold_end > layers:
             raise ValueError(f"cold_end is {self.cold_end}; expected at most {layers}, the number of layers")
 
+    @classmethod
+    def off(cls) -> FFNSkipConfig:
+        """Nothing is skipped: the full model, with the same interface."""
+        return cls(0, 1, threshold=1.0, mode="off")
+
     @property
     def skips(self) -> bool:
         """Whether anything is ever left out or watched."""
@@ -105,7 +109,7 @@ class FFNSkipConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON has them."""
-        return dataclasses.asdict(self) | {"static_layers": list(self.static_layers)}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> FFNSkipConfig:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from fewer.language._shared.prenorm import StandIn, check_structure, decoder_of, ffn_flops, layers_of
 from fewer.language.ffn_skip.config import FFNSkipConfig
-from fewer.language.ffn_skip.decoder import check_structure, decoder_of, ffn_flops, layers_of
 from fewer.language.ffn_skip.stats import FFNSkipStats
 from fewer.language.ffn_skip.tokens import Tokens
 
@@ -23,71 +23,48 @@ SKIPPER = "_ffn_skipper"  # the attribute of a decoder that is enabled
 PROMPT = "_ffn_skip_prompt"  # the attribute of a cache: how many entries the prompt made
 
 
-class SkippingLayer:
+class SkippingLayer(StandIn):
     """What a decoder layer's forward goes through while skipping is enabled."""
 
-    def __init__(self, skipper: Skipper, number: int, layer: nn.Module) -> None:
-        self.skipper, self.number, self.layer = skipper, number, layer
-        # accelerate keeps the layer's own forward under another name, and moves its arguments to the layer's device before
-        name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
-        kept = vars(layer).get(name)
-        if kept is not None and getattr(kept, "__func__", None) is not type(layer).forward:
-            raise ValueError(
-                f"layer {number} ({type(layer).__name__}) has a forward that is not its class's; expected it as transformers made it: undo that first"
-            )
-        self.name, self.had_own = name, kept is not None
-        setattr(layer, name, self.forward)
-
-    def detach(self) -> None:
-        delattr(self.layer, self.name)
-        if self.had_own:
-            setattr(self.layer, self.name, self.plain)
-
-    @property
-    def plain(self) -> Any:
-        """The layer's own forward."""
-        return type(self.layer).forward.__get__(self.layer)
+    def __init__(self, layer: nn.Module, number: int, skipper: Skipper) -> None:
+        super().__init__(layer)
+        self.number, self.skipper = number, skipper
 
     def forward(self, hidden_states: Float[Tensor, "B T H"], *args: Any, **kwargs: Any) -> Float[Tensor, "B T H"]:
         """h' = h + Attn(norm1(h)); h_out = h' + FFN(norm2(h')) for tokens that do not skip, h' for those that do."""
         tokens = self.skipper.tokens
         if tokens is None or not tokens.config.cold_start <= self.number < tokens.config.cold_end:
             return self.plain(hidden_states, *args, **kwargs)
-        skip = tokens.skip(self.number)
         if tokens.config.mode == "layers":
-            return self._whole_layer(hidden_states, skip, *args, **kwargs)
+            return self._whole_layer(hidden_states, tokens.skip(self.number), *args, **kwargs)
         layer: Any = self.layer
-        kwargs |= self._named(args)
+        kwargs |= self.named(args)
         attended, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
         h = hidden_states + attended
-        h_out = self._feed_forward(h, skip)
-        if h_out is not h:
-            tokens.watch(self.number, h, h_out, ~skip)
-        self.skipper.stats.add(self.number, skip, h_out is h)
+        skip = tokens.skip(self.number)
+        skipped = int(skip.sum())
+        self.skipper.stats.add(self.number, skip, skipped)
+        if skipped == skip.numel():  # no norm and no weight of the FFN is read
+            return h
+        h_out = self._feed_forward(h, skip, skipped)
+        tokens.watch(self.number, h, h_out, skip)
         return h_out
 
-    def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
-        """Arguments after the states by their names: attention has them in another order."""
-        return dict(zip(list(inspect.signature(self.plain).parameters)[1:], args, strict=False)) if args else {}
-
-    def _feed_forward(self, h: Tensor, skip: Tensor) -> Tensor:
-        """The FFN and the sum for the tokens that do not skip, which are taken together; h itself where all do: no norm, no weight is read."""
+    def _feed_forward(self, h: Tensor, skip: Tensor, skipped: int) -> Tensor:
+        """h' + FFN(norm2(h')) for the tokens that do not skip, which are taken together."""
         layer: Any = self.layer
-        running = (~skip).flatten().nonzero()[:, 0]
-        if len(running) == 0:
-            return h
-        if len(running) == skip.numel():
+        if not skipped:
             return h + layer.mlp(layer.post_attention_layernorm(h))
-        states = h.flatten(0, 1)
+        states, running = h.flatten(0, 1), (~skip).flatten().nonzero()[:, 0]
         some = states.index_select(0, running)
         ran = some + layer.mlp(layer.post_attention_layernorm(some[None]))[0]
         return states.index_copy(0, running, ran).view_as(h)
 
     def _whole_layer(self, h: Tensor, skip: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention is left out too. Tokens that skip have no entry here, and nobody reads one: whoever comes after skips as well."""
-        untouched = bool(skip.all())
-        self.skipper.stats.add(self.number, skip, untouched)
-        return h if untouched else torch.where(skip[..., None], h, self.plain(h, *args, **kwargs))
+        skipped = int(skip.sum())
+        self.skipper.stats.add(self.number, skip, skipped)
+        return h if skipped == skip.numel() else torch.where(skip[..., None], h, self.plain(h, *args, **kwargs))
 
 
 class Skipper:
@@ -98,16 +75,13 @@ class Skipper:
         self.config, self.stats = config, FFNSkipStats(len(layers), ffn_flops(layers[0]), per_token)
         self.tokens: Tokens | None = None
         self.text_starts: Tensor | None = None  # int64 [B, 1] while a text is read: the column from which on tokens may skip
-        self.layers: list[SkippingLayer] = []
-        try:
-            for number, layer in enumerate(layers):
-                self.layers.append(SkippingLayer(self, number, layer))
-        except ValueError:
-            self.detach_layers()
-            raise
+        self.layers = [SkippingLayer(layer, number, self) for number, layer in enumerate(layers)]
+        for layer in self.layers:
+            layer.attach()
         self.hook = decoder.register_forward_pre_hook(self.begin_pass, with_kwargs=True)
 
-    def detach_layers(self) -> None:
+    def detach(self) -> None:
+        self.hook.remove()
         for layer in self.layers:
             layer.detach()
 
@@ -119,57 +93,51 @@ class Skipper:
         if decoder.training:
             raise RuntimeError("the model is in train() and FFN skipping is enabled; expected eval(): call model.eval(), or disable it")
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
-        ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
-        if ids is None and embedded is None:
+        ids, cache, mask = given.get("input_ids"), given.get("cache", given.get("past_key_values")), given.get("attention_mask")
+        states = given.get("inputs_embeds") if ids is None else ids
+        if states is None:
             return
-        rows, columns = (ids if ids is not None else embedded).shape[:2]
-        cache = given.get("cache", given.get("past_key_values"))
+        rows, columns = states.shape[:2]
         past = 0 if cache is None else int(cache.get_seq_length())
-        device = (ids if ids is not None else embedded).device
-        real, positions = _places(given.get("attention_mask"), given.get("position_ids"), rows, columns, past, device)
-        decoding, may_skip = self._after_warm_up(cache, past, positions)
-        if not decoding:
+        real = torch.ones(rows, columns, dtype=torch.bool, device=states.device)
+        if columns > 1 and isinstance(mask, Tensor) and mask.dim() == 2:
+            real = mask[:, -columns:].to(states.device).bool()
+        positions = _positions(mask, given.get("position_ids"), past, real)
+        late = self._after_warm_up(cache, past, positions)
+        if late is None:
             return
-        may_skip = None if may_skip is None else may_skip & real
-        if may_skip is not None and not may_skip.any():
-            may_skip = None
-        self.stats.begin_pass(real, may_skip)
-        if may_skip is not None:
+        may_skip = late & real
+        after = int(may_skip.sum())
+        self.stats.begin_pass((rows, columns), int(real.sum()), after)
+        if after:
             self.tokens = Tokens(self.config, may_skip, torch.zeros_like(positions) if ids is None else ids, positions)
 
-    def _after_warm_up(self, cache: Any, past: int, positions: Tensor) -> tuple[bool, Tensor | None]:
-        """(whether these tokens are decoded, which of them are after the warm-up, None where none is)."""
-        config, everybody = self.config, torch.ones_like(positions, dtype=torch.bool)
+    def _after_warm_up(self, cache: Any, past: int, positions: Tensor) -> Tensor | None:
+        """Which tokens are after the warm-up; None where they are given and run in full, as a prompt does."""
+        config, columns = self.config, positions.shape[1]
         if self.text_starts is not None:
-            return True, torch.arange(positions.shape[1], device=positions.device) >= self.text_starts.to(positions.device)
-        late = positions >= config.warmup_tokens
-        prompt = past == 0 or positions.shape[1] > 1  # several tokens at once are given, not decoded
-        if prompt:
-            if cache is not None:
-                self._refuse_missing_entries(cache, past)
-                setattr(cache, PROMPT, past + positions.shape[1])
-            return config.skip_prefill, everybody if config.warmup_counts == "generated" else late
+            return torch.arange(columns, device=positions.device) >= self.text_starts.to(positions.device)
+        prompt = past == 0 or columns > 1  # several tokens at once are given, not decoded
+        if cache is not None and (prompt or not hasattr(cache, PROMPT)):  # no mark: the pass before made it, or it is older than skipping
+            if config.mode == "layers" and any(cache.get_seq_length(layer) < past for layer in config.static_layers):
+                raise ValueError(
+                    "the cache lacks entries of layers that were left out; expected a new one: begin with the whole text again"
+                )
+            setattr(cache, PROMPT, past + columns if prompt else past)
+        if prompt and not config.skip_prefill:
+            return None
         if config.warmup_counts == "position":
-            return True, late
-        if not hasattr(cache, PROMPT):  # the model made it for itself in the pass before, or it is older than skipping
-            self._refuse_missing_entries(cache, past)
-            setattr(cache, PROMPT, past)
-        return True, everybody if past - getattr(cache, PROMPT) >= config.warmup_tokens else None
-
-    def _refuse_missing_entries(self, cache: Any, past: int) -> None:
-        if self.config.mode == "layers" and any(cache.get_seq_length(layer) < past for layer in self.config.static_layers):
-            raise ValueError("the cache lacks entries of layers that were left out; expected a new one: begin again with the whole text")
+            return positions >= config.warmup_tokens
+        return torch.full_like(positions, prompt or past - getattr(cache, PROMPT) >= config.warmup_tokens, dtype=torch.bool)
 
 
-def _places(mask: Any, given: Any, rows: int, columns: int, past: int, device: Any) -> tuple[Bool[Tensor, "B T"], Int64[Tensor, "B T"]]:
-    """(which tokens are no padding, the position of each in its own text)."""
-    flat = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    real = torch.ones(rows, columns, dtype=torch.bool, device=device) if flat is None else flat[:, -columns:].to(device).bool()
+def _positions(mask: Any, given: Any, past: int, real: Bool[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
+    """The position of each token in its own text, padding left out."""
     if isinstance(given, Tensor) and given.dim() == 2:
-        return real, given.to(device).expand(rows, columns)
-    if flat is not None:
-        return real, (flat.to(device).long().cumsum(-1) - 1).clamp(min=0)[:, -columns:]
-    return real, torch.arange(past, past + columns, device=device).expand(rows, columns)
+        return given.to(real.device).expand(real.shape)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.to(real.device).long().cumsum(-1) - 1).clamp(min=0)[:, -real.shape[1] :]
+    return torch.arange(past, past + real.shape[1], device=real.device).expand(real.shape)
 
 
 def enable_ffn_skip(model: nn.Module, config: FFNSkipConfig, *, per_token: bool = False) -> Any:
@@ -215,8 +183,7 @@ def stats_of(model: nn.Module) -> FFNSkipStats:
 def disable_ffn_skip(model: nn.Module) -> FFNSkipStats:
     """The model as it was, every module and forward of it; what was counted is given back."""
     skipper = _skipper_of(model)
-    skipper.detach_layers()
-    skipper.hook.remove()
+    skipper.detach()
     delattr(decoder_of(model), SKIPPER)
     return skipper.stats
 

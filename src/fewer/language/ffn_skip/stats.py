@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -18,52 +17,40 @@ class FFNSkipStats:
         num_layers: L.
         flops_per_block: multiplications and additions of one FFN for one token (6 H I).
         keeps_tokens: whether `per_token` is kept.
+        tokens: those after the warm-up, which might skip.
+        decoded_tokens: those after the prompt, warm-up and all (with the prompt's where these may skip; of a text that is read, all).
         passes: forward passes in which somebody might skip.
+        untouched: of (pass, layer), those in which no row came to the FFN.
+        per_layer: how many tokens left out each layer's FFN.
     """
 
     num_layers: int
     flops_per_block: int
     keeps_tokens: bool = False
+    tokens: int = 0
+    decoded_tokens: int = 0
     passes: int = 0
-    _tokens: Any = 0  # sums stay on the model's device until they are asked for
-    _decoded: Any = 0
-    _skipped: list[Any] = field(default_factory=list)
-    _untouched: int = 0
-    _kept: list[Tensor] = field(default_factory=list)
+    untouched: int = 0
+    per_layer: list[int] = field(default_factory=list)
+    _kept: list[Tensor] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        self._skipped = self._skipped or [0] * self.num_layers
+        self.per_layer = self.per_layer or [0] * self.num_layers
 
-    def begin_pass(self, real: Tensor, may_skip: Tensor | None) -> None:
-        """A pass over decoded tokens begins. real, may_skip: bool [B, T]; None where nobody may."""
-        self._decoded = self._decoded + real.sum()
-        if may_skip is not None:
-            self.passes += 1
-            self._tokens = self._tokens + may_skip.sum()
+    def begin_pass(self, shape: tuple[int, int], decoded: int, after_warm_up: int) -> None:
+        """A pass over decoded tokens [B, T] begins: how many are no padding, and how many of these may skip."""
+        self.decoded_tokens += decoded
+        self.tokens += after_warm_up
+        self.passes += after_warm_up > 0
         if self.keeps_tokens:
-            self._kept.append(torch.zeros(*real.shape, self.num_layers, dtype=torch.bool, device=real.device))
+            self._kept.append(torch.zeros(*shape, self.num_layers, dtype=torch.bool))
 
-    def add(self, layer: int, skipped: Tensor, untouched: bool) -> None:
-        """A layer was passed: bool [B, T], and whether no token at all came to its FFN."""
-        self._skipped[layer] = self._skipped[layer] + skipped.sum()
-        self._untouched += untouched
+    def add(self, layer: int, skip: Bool[Tensor, "B T"], skipped: int) -> None:
+        """A layer was passed: who left out its FFN, and how many these are."""
+        self.per_layer[layer] += skipped
+        self.untouched += skipped == skip.numel()
         if self.keeps_tokens:
-            self._kept[-1][..., layer] = skipped
-
-    @property
-    def tokens(self) -> int:
-        """Tokens after the warm-up, those that might skip."""
-        return int(self._tokens)
-
-    @property
-    def decoded_tokens(self) -> int:
-        """Tokens after the prompt, warm-up and all (with the prompt's where those may skip; of a text that is read, all)."""
-        return int(self._decoded)
-
-    @property
-    def per_layer(self) -> list[int]:
-        """How many tokens left out each layer's FFN."""
-        return [int(count) for count in self._skipped]
+            self._kept[-1][..., layer] = skip.cpu()
 
     @property
     def skipped_blocks(self) -> int:
@@ -83,7 +70,7 @@ class FFNSkipStats:
     @property
     def untouched_ratio(self) -> float:
         """The share of (pass after the warm-up, layer) in which no row came to the FFN: only these save reading its weights."""
-        return self._untouched / max(1, self.num_layers * self.passes)
+        return self.untouched / max(1, self.num_layers * self.passes)
 
     @property
     def ffn_flops_saved(self) -> int:
@@ -97,9 +84,9 @@ class FFNSkipStats:
         Raises:
             ValueError: they were not kept, or the number of rows changed.
         """
+        rows = {len(each) for each in self._kept}
         if not self.keeps_tokens:
             raise ValueError("skips were not kept token by token; expected a model enabled with per_token=True: enable it so")
-        rows = {len(each) for each in self._kept}
         if len(rows) > 1:
             raise ValueError(f"the passes had {sorted(rows)} rows; expected as many in all: enable anew for each generation")
         return torch.cat(self._kept, dim=1) if self._kept else torch.zeros(0, 0, self.num_layers, dtype=torch.bool)

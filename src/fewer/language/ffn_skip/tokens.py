@@ -25,7 +25,7 @@ def similarity(before: Float[Tensor, "*N H"], after: Float[Tensor, "*N H"]) -> F
 def uniform(seed: int, layer: int, ids: Int64[Tensor, "*N"], positions: Int64[Tensor, "*N"]) -> Float64[Tensor, "*N"]:
     """Numbers in [0, 1) that follow from these alone, so that a row draws the same alone and in a batch, read at once or token by token."""
     mixed = torch.full_like(positions, seed & LOW)
-    for each in (seed >> 32, layer, ids, positions):
+    for each in (seed >> 32 & LOW, layer, ids, positions):
         mixed = _mix((mixed + each * 0x9E3779B1 + 0x7F4A7C15) & LOW)
     return mixed.double() / 2**32
 
@@ -46,7 +46,7 @@ class Tokens:
         may_skip: bool [B, T], those after the warm-up.
         ids, positions: int64 [B, T], what "random" draws by.
         skip_state: bool [B, T], those that have met the threshold in this pass.
-        left: int64 [B, T], how many layers each of these still skips.
+        left: int64 [B, T], how many layers each of these still skips, where that is limited.
     """
 
     config: FFNSkipConfig
@@ -55,33 +55,32 @@ class Tokens:
     positions: Int64[Tensor, "B T"]
 
     def __post_init__(self) -> None:
-        k = self.config.cold_end if self.config.max_skips is None else self.config.max_skips
         self.skip_state = torch.zeros_like(self.may_skip)
-        self.left = torch.full_like(self.positions, k)
+        if self.config.max_skips is not None:
+            self.left = torch.full(self.may_skip.shape, self.config.max_skips, device=self.may_skip.device)
 
     def skip(self, layer: int) -> Bool[Tensor, "B T"]:
         """Who leaves out this layer's FFN, a layer between the cold regions."""
         config = self.config
         if config.mode == "adaptive":
-            return self._skip_by_state()
+            return self.skip_state if config.max_skips is None else self._skip_at_most(config.max_skips)
         if config.mode == "random":
             return self.may_skip & (uniform(config.seed, layer, self.ids, self.positions) < config.p)
         return self.may_skip & (layer in config.static_layers)
 
-    def _skip_by_state(self) -> Bool[Tensor, "B T"]:
+    def _skip_at_most(self, k: int) -> Bool[Tensor, "B T"]:
         skip = self.skip_state & (self.left > 0)
-        if self.config.max_skips is not None:
-            self.left = self.left - skip.long()
-            if self.config.rearm:
-                done = skip & (self.left == 0)
-                self.skip_state = self.skip_state & ~done
-                self.left = torch.where(done, self.config.max_skips, self.left)
+        self.left = self.left - skip.long()
+        if self.config.rearm:
+            done = skip & (self.left == 0)
+            self.skip_state = self.skip_state & ~done
+            self.left = torch.where(done, k, self.left)
         return skip
 
-    def watch(self, layer: int, h: Float[Tensor, "B T H"], h_out: Float[Tensor, "B T H"], ran: Bool[Tensor, "B T"]) -> None:
-        """After a layer whose FFN `ran` for these: those that it hardly turned skip from the next one on."""
+    def watch(self, layer: int, h: Float[Tensor, "B T H"], h_out: Float[Tensor, "B T H"], skip: Bool[Tensor, "B T"]) -> None:
+        """After a layer that some did not `skip`: those of them that it hardly turned skip from the next one on."""
         if self.config.mode != "adaptive" or layer + 1 == self.config.cold_end:  # the last one's similarity decides nothing
             return
-        watched = self.may_skip & ran & ~self.skip_state
-        if watched.any():
+        watched = self.may_skip & ~(self.skip_state | skip)
+        if self.config.max_skips is None or watched.any():  # without a limit, one that ran is watched: a GPU need not be asked
             self.skip_state = self.skip_state | (watched & (similarity(h, h_out) >= self.config.threshold))

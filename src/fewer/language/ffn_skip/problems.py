@@ -1,0 +1,94 @@
+"""What study and bench are about: texts to read and to go on from, the ways of skipping at equal shares, and a Llama whose FFNs dominate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewer.language._shared.prenorm import ffn_flops, layers_of
+from fewer.language._shared.timing import wide_llama, write
+from fewer.language.ffn_skip.calibration import CalibrationReport
+from fewer.language.ffn_skip.config import FFNSkipConfig
+from fewer.language.ffn_skip.skipping import ffn_skip, read, reading
+from fewer.language.ffn_skip.stats import FFNSkipStats
+
+PROMPT, WRITTEN, WARMUP = 64, 128, 25  # tokens
+WINDOW = PROMPT + WRITTEN
+THREE_OF_EIGHT = FFNSkipConfig(2, 6, threshold=-1.0, warmup_tokens=0)  # of 8 layers, for every token
+Work = Callable[[], Any]
+
+
+def way_of(mode: str, config: FFNSkipConfig, report: CalibrationReport, share: float, seed: int) -> FFNSkipConfig:
+    """A way of leaving out a share of the FFNs for each token in the window of an adaptive one.
+
+    "static" takes the FFNs of the largest mean similarity, "random" each with the same probability, and "layers" whole layers, those of
+    the smallest influence, as ShortGPT ranks them.
+    """
+    window, blocks = range(config.cold_start, config.cold_end), max(1, round(share * len(report.similarity)))
+    rank = report.similarity if mode == "static" else -report.influence
+    chosen = tuple(sorted(window, key=lambda layer: -float(rank[layer]))[:blocks])
+    if mode == "adaptive":
+        return config
+    if mode == "random":
+        return dataclasses.replace(config, mode="random", p=blocks / len(window), seed=seed)
+    return dataclasses.replace(config, mode=mode, static_layers=chosen)  # pyright: ignore[reportArgumentType]
+
+
+class Reading(NamedTuple):
+    """How well texts are predicted after the warm-up: nats a token, share of next tokens right, share told as the full model tells them."""
+
+    loss: float
+    accuracy: float
+    agreement: float
+    stats: FFNSkipStats
+
+
+def read_texts(model: Any, texts: Tensor, config: FFNSkipConfig, warmup: int = WARMUP, batch: int = 8) -> Reading:
+    """Texts [N, 192] read as if all but their first 64 tokens were decoded; the same tokens are judged whatever the warm-up is."""
+    parts, judged = texts.split(batch), slice(PROMPT + WARMUP, -1)
+    with torch.no_grad():
+        full = [model(input_ids=part, use_cache=False).logits[:, judged].argmax(-1) for part in parts]
+    loss = right = same = 0.0
+    with reading(model, config, PROMPT + warmup) as stats:
+        for part, as_full in zip(parts, full, strict=True):
+            logits, following = read(model, part).logits[:, judged], part[:, PROMPT + WARMUP + 1 :]
+            loss += F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum").item()
+            right += (logits.argmax(-1) == following).sum().item()
+            same += (logits.argmax(-1) == as_full).sum().item()
+    tokens = len(texts) * (WRITTEN - WARMUP - 1)
+    return Reading(loss / tokens, right / tokens, same / tokens, stats)
+
+
+def write_on(model: Any, prompts: Tensor, config: FFNSkipConfig, tokens: int = WRITTEN) -> tuple[Tensor, FFNSkipStats]:
+    """(what is written greedily after each prompt, exactly so many tokens; the counts)."""
+    with ffn_skip(model, config) as stats:
+        return write(model, prompts, tokens), stats
+
+
+def repeating(rows: Tensor, length: int = 8) -> float:
+    """The share of rows in which some run of tokens of that length stands twice: text that goes in circles.
+
+    >>> repeating(torch.tensor([[1, 2, 3, 1, 2], [1, 2, 3, 4, 5]]), length=2)
+    0.5
+    """
+    runs = [[tuple(run) for run in row.unfold(0, length, 1).tolist()] for row in rows]
+    return sum(len(set(row)) < len(row) for row in runs) / len(runs)
+
+
+def wide_work(tokens: int, config: FFNSkipConfig = THREE_OF_EIGHT, device: str = "cpu") -> tuple[Work, Work, float]:
+    """(a call that writes so many tokens one after the other, transformers' own of the same model, by how much faster the first can be).
+
+    The model is a Llama of width 2,048, whose decoding waits for weights: 1 / (1 - r f) at most, f the FFNs' share of the weights read.
+    """
+    model, prompt = wide_llama(8).to(device), torch.tensor([[1, 2]], device=device)
+    ours = functools.partial(write_on, model, prompt, config, tokens + 1)
+    layers = layers_of(model.model)
+    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters()) + model.lm_head.weight.numel()
+    share = sum(ffn_flops(layer) / 2 for layer in layers) / weights
+    return ours, functools.partial(write, model, prompt, tokens + 1), 1 / (1 - ours()[1].ratio * share)
