@@ -107,7 +107,7 @@ def test_modes_are_given_back():
     assert [module.training for module in model.modules()] == modes
 
 
-@hypothesis_settings(deadline=None, max_examples=10)
+@hypothesis_settings(deadline=None, max_examples=6)
 @given(st.integers(1, 4), st.integers(2, 30), st.integers(1, 40))
 def test_short_texts_are_calibrated_on_whole(rows, columns, tokens):
     _, report = calibrate(MODEL, text(rows, columns), 0.1, tokens=tokens)
