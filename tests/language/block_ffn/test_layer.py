@@ -107,6 +107,9 @@ def test_auto_takes_the_union_where_few_large_experts_are_active():
     assert (layer._quickest(x, few), layer._quickest(x, many)) == ("union", "dense")
     with torch.enable_grad():
         assert layer._quickest(x, few) == "dense"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer._quickest(x, few) == "dense"
+        assert layer(x).isfinite().all()
     tiny = BlockFFN(32, 16, 4)
     assert tiny._quickest(torch.randn(1, 32), few) == "dense"
 

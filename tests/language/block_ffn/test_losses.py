@@ -186,6 +186,17 @@ def test_the_factor_stays_within_its_bound_and_goes_on_from_its_state(losses):
     assert unbound.value > 0
 
 
+def test_a_state_is_of_the_middle_of_an_interval_too():
+    words = {"stable_steps": 8, "adjust_every": 4}
+    straight, before, after = (factor_of(**words) for _ in range(3))
+    losses = [0.9**step for step in range(20)]
+    wanted = [straight.step(loss) for loss in losses]
+    found = [before.step(loss) for loss in losses[:10]]
+    assert len(set(wanted[8:12])) == 4  # on its way
+    after.load_state_dict(before.state_dict())
+    assert [*found, *(after.step(loss) for loss in losses[10:])] == wanted
+
+
 @pytest.mark.parametrize("loss", [math.nan, 0.0, -0.1, math.inf])
 def test_a_loss_that_is_none_is_refused_and_changes_nothing(loss):
     factor = factor_of()

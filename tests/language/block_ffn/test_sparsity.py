@@ -99,7 +99,7 @@ def test_drawn_patterns_have_the_shares_that_are_asked_for(tokens, share, union)
     [
         (lambda a: sparsity_stats(a[0]), "expected booleans"),
         (lambda a: sparsity_stats(a.long()), "expected booleans"),
-        (lambda a: sparsity_stats(a, windows=(0,)), "a window is 0"),
+        (lambda a: sparsity_stats(a, windows=(0,)), "window is 0"),
         (lambda a: sparsity_stats(a, torch.zeros(1, 3).long()), r"doc_ids is \(1, 3\)"),
     ],
 )
@@ -141,3 +141,20 @@ def test_the_verb_refuses_other_models(directory):
         sparsity(directory / "llama", [directory / "notes.txt"], window=8)
     with pytest.raises(ValueError, match="expected at least 100000, one window"):
         sparsity(directory / "block", [directory / "notes.txt"], window=100_000)
+
+
+def test_generate_verifies_drafts_and_writes_what_it_writes_without(directory, capsys):
+    """The area's verb with a draft: both kinds give the text of plain decoding; a draft of other tokens is refused."""
+    from fewer.language.ffn_skip.command import generate
+
+    told = []
+    for draft in (None, "ngram", str(directory / "llama")):
+        generate(directory / "block", "import os\n\ndef first(", tokens=12, draft=draft, as_json=True)
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0]["completion"] == told[1]["completion"] == told[2]["completion"]
+    assert told[0]["tokens_a_pass"] is None
+    assert told[1]["tokens_a_pass"] >= 1
+    with pytest.raises(ValueError, match="--skip and --draft are given together"):
+        generate(directory / "block", "import", skip=directory / "none.json", draft="ngram")
+    with pytest.raises(ValueError, match="is no model directory"):
+        generate(directory / "block", "import", draft="eagle")

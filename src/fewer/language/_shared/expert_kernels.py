@@ -4,6 +4,7 @@ Which experts are in use is listed on the device: a grid has a program for every
 once, so that the host never waits. The second map is split over the list (split-K), its parts added in one order.
 """
 
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import torch

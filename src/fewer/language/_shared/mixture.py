@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 # pyright: reportCallIssue=false
 

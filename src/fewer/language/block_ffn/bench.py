@@ -39,7 +39,8 @@ def _against_dense(tokens: int, unused: float, kernel: Kernel) -> tuple[Work, Wo
     return ours, dense_pair(_layer(), x)
 
 
-for tokens, unused, kernel in ((1, TLS, "sparse"), (8, CLS, "union"), (32, CLS, "union")):
+PATTERNS: tuple[tuple[int, float, Kernel], ...] = ((1, TLS, "sparse"), (8, CLS, "union"), (32, CLS, "union"))
+for tokens, unused, kernel in PATTERNS:
     name = f"{tokens} token{'s' if tokens > 1 else ''}, {unused:.0%} of the experts unused"
     declare = bench.race(name, peer="the dense pair of maps", reach=(1 - unused) * 1.35 + 0.03)
     declare(functools.partial(_against_dense, tokens, unused, kernel))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -92,7 +92,7 @@ class BlockFFN(nn.Module):
         if kernel == "triton" and activation != "silu":
             raise ValueError(f"activation is {activation!r}; expected 'silu' with the triton kernel: use another kernel")
         self.hidden_size, self.num_experts, self.expert_size = hidden_size, num_experts, expert_size
-        self.activation, self.kernel = activation, kernel
+        self.activation, self.kernel = activation, cast(Kernel, kernel)
         self.router_proj = nn.Linear(hidden_size, num_experts, bias=False)
         self.router_norm = RouterNorm(num_experts, eps)
         self.up_proj = nn.Parameter(torch.empty(num_experts * expert_size, hidden_size))
@@ -158,8 +158,9 @@ class BlockFFN(nn.Module):
 
     def _quickest(self, x: Tensor, active: Tensor) -> Kernel:
         learning = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in self.parameters()))
+        elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         entries = self.expert_size * self.hidden_size
-        if learning or x.is_cuda or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
+        if learning or elsewhere or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
             return "dense"
         return "union" if active.any(0).float().mean() <= MOST_ACTIVE else "dense"
 

@@ -63,8 +63,8 @@ def sparsity_stats(
     """
     if active.ndim != 3 or active.dtype != torch.bool:
         raise ValueError(f"active is {tuple(active.shape)} {active.dtype}; expected booleans [batch, tokens, experts]")
-    for length in windows:
-        check_whole(**{"a window": length})
+    for window in windows:
+        check_whole(window=window)
     batch, length, experts = active.shape
     valid = valid_tokens((batch, length), attention_mask).to(active.device)
     together = neighbours((batch, length), doc_ids, attention_mask).to(active.device)

@@ -129,7 +129,7 @@ def kept(task: Task, seed: int, model: BlockFFNForCausalLM | None = None) -> Pat
     """Where the model with both losses of a seed is kept: this one, or one that is trained now, where no arm has kept one."""
 
     def make(part: Path) -> None:
-        found = model or both(task, seed)
+        found: Any = model or both(task, seed)
         if model is None:
             learn(task, found, seed)
         found.save_pretrained(part)
@@ -196,7 +196,7 @@ def only_full(task: Task, trial: Trial, make: Callable[..., BlockFFNForCausalLM]
 
 
 study.arm_table(
-    train_and_judge,
+    train_and_judge,  # pyright: ignore[reportArgumentType] - what it returns is for the first arm
     {
         "chunk-loss": {"make": functools.partial(fresh, chunks=CHUNKS), "label": "chunk loss alone"},
         "locality-loss": {"make": functools.partial(fresh, locality=LOCALITY), "label": "locality loss alone"},
@@ -245,11 +245,11 @@ def time_layers(task: Task, trial: Trial, model: BlockFFNForCausalLM, stats: Spa
         time_layer(trial, wide, x, active, layer="wide", tokens=tokens)
 
 
-def time_layer(trial: Trial, layer: BlockFFN, x: Tensor, active: Tensor, **at: Any) -> None:
+def time_layer(trial: Trial, network: BlockFFN, x: Tensor, active: Tensor, **at: Any) -> None:
     """Seconds a token of each kernel, and its time over that of the dense pair of maps of the same size."""
-    dense = dense_pair(layer, x)
+    dense = dense_pair(network, x)
     for kernel in ("dense", "sparse", "union"):
-        times = time_pairs(routed(layer, x, active, kernel), dense, pairs=7)
+        times = time_pairs(routed(network, x, active, kernel), dense, pairs=5)
         trial.log("time_share", float(np.median(times[:, 0] / times[:, 1])), kernel=kernel, **at)
         trial.log("layer_seconds", float(np.median(times[:, 0])) / len(x), kernel=kernel, **at)
 
