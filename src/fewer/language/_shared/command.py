@@ -14,6 +14,17 @@ PRESET = Annotated[Literal["family-s", "family-micro"], typer.Option(help="famil
 STEPS = Annotated[int | None, typer.Option(min=1, max=MANY, help="Training steps in place of the recipe's 1,200.")]
 TEXT = Annotated[list[Path] | None, typer.Option("--text", help="UTF-8 text files (repeat for more).")]
 
+DRAFT = Annotated[
+    str | None, typer.Option(help="Verify drafts, several tokens a pass: ngram (what followed before), or a smaller model's directory.")
+]
+
+
+def check_alone(why: str, **options: object) -> None:
+    """ValueError where more than one of these options is given."""
+    given = [f"--{name}" for name, value in options.items() if value]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given together; expected one of them: {why}")
+
 
 def _fetch(preset: str, steps: int | None, text: list[Path] | None) -> Path:
     from rich.console import Console

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fewer.devices import Device, choose_device
-from fewer.language._shared.command import MANY
+from fewer.language._shared.command import DRAFT, MANY, check_alone
 
 app = typer.Typer(
     help="Find out which feed-forward blocks a language model may leave out while it decodes: calibrate.", no_args_is_help=True
@@ -81,6 +81,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, max=MANY, help="Most tokens to write.")] = 128,
     skip: Annotated[Path | None, typer.Option(help="Leave out feed-forward blocks, as `fewer skip calibrate` found.")] = None,
+    draft: DRAFT = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw each token; without it the likeliest is taken.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, max=100, help="Of --sample.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of --sample.")] = 0,
@@ -95,18 +96,17 @@ def generate(
     from fewer.language._shared.model_directory import load_directory
     from fewer.language.ffn_skip import FFNSkipConfig, ffn_skip
 
+    check_alone("skipped blocks would change what drafts are verified by", skip=skip, draft=draft)
     config, place = FFNSkipConfig.load(skip) if skip else None, choose_device(device)
     model, tokenizer = load_directory(model_dir)
-    skipping: Any = ffn_skip(model.to(place), config) if config else contextlib.nullcontext()
-    with skipping as stats:
-        written = write_text(model, tokenizer, prompt, tokens, sample=sample, temperature=temperature, seed=seed)
+    with ffn_skip(model.to(place), config) if config else contextlib.nullcontext() as stats:
+        written = write_text(model.to(place), tokenizer, prompt, tokens, draft=draft, sample=sample, temperature=temperature, seed=seed)
     if as_json:
-        shares = {"skipped": stats.ratio, "skipped_of_all": stats.ratio_all} if stats else {}
-        print(json.dumps(dataclasses.asdict(written) | shares))
+        print(json.dumps(dataclasses.asdict(written) | ({"skipped": stats.ratio, "skipped_of_all": stats.ratio_all} if stats else {})))
         return
     print(written.prompt + written.completion)
     left_out = f"; {stats.ratio:.1%} of the feed-forward blocks left out after the warm-up, {stats.ratio_all:.1%} of all" if stats else ""
-    print(f"{written.tokens} tokens in {written.seconds:.2f} s, {written.tokens / written.seconds:.1f} a second{left_out}", file=sys.stderr)
+    print(f"{written.speed}{left_out}", file=sys.stderr)
 
 
 COMMANDS = {"skip": app, "generate": generate}
