@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fewer.data.made_once import folder_of, made_once
 from fewer.errors import WorkFailed
@@ -26,7 +28,10 @@ IGNORED = -100  # labels that the loss leaves out
 RATES = (1 / 3, 2 / 3, 1)  # of a verbose trace's addends, how many are treated so
 RECIPE = {
     "hidden_size": 128, "layers": 3, "heads": 4, "intermediate_size": 384, "rope_theta": 10_000.0, "initializer_range": 0.08,
-    "lr": 4e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "most_steps": 4000, "look_every": 200, "right": 0.85, "seed": 0, "version": 1,
+    "lr": 4e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "most_steps": 4000, "look_every": 200, "right": 0.85,
+    "shuffled_steps": 300,  # at first all traces are direct, their steps in any order: an addend must be found by its letter, not its place
+    "average": 0.98,  # of the weights over steps, which is what is kept
+    "seed": 0, "version": 1,
 }  # fmt: skip
 HELD_OUT = 32  # of 256 hashes
 
@@ -58,7 +63,7 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
     """A chain of thought for their sum modulo 10.
 
     Args:
-        style: "direct": a step an addend; "split": an addend in two random parts; "checked": a step, undone, and done again.
+        style: "direct": a step an addend; "shuffled": the same in any order; "split": an addend in two random parts; "checked": a step, undone, and done again.
         rate: the share of the addends that are treated so.
         guess: how likely one sum of a direct trace is a guess.
 
@@ -67,10 +72,13 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
     """
     draw = draw or random.Random(0)
     guessed = draw.randrange(len(digits)) if style == "direct" and draw.random() < guess else None
-    so_far, written = 0, []
-    for place, digit in enumerate(digits):
+    so_far, written, places = 0, [], list(range(len(digits)))
+    if style == "shuffled":
+        draw.shuffle(places)
+    for place in places:
+        digit = digits[place]
         parts = [digit]
-        if style != "direct" and draw.random() < rate:
+        if style in ("split", "checked") and draw.random() < rate:
             first = draw.randrange(10)
             parts = [first, (digit - first) % 10] if style == "split" else [digit, -digit, digit]
         for turn, part in enumerate(parts):
@@ -95,10 +103,10 @@ def make_tokenizer() -> Any:
 def batches(addends: int, flipped: bool, draw: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, labels) of traces on training prompts, labels of the traces alone; without end."""
     number = {character: number for number, character in enumerate(CHARACTERS)}
-    while True:
-        rows, labels = [], []
+    for step in itertools.count():
+        rows, labels, styles = [], [], ("shuffled",) if step < RECIPE["shuffled_steps"] else ("direct", "split", "checked")
         for _ in range(RECIPE["batch"]):
-            digits, style = draw_digits(addends, draw, False), draw.choice(("direct", "split", "checked"))
+            digits, style = draw_digits(addends, draw, False), draw.choice(styles)
             asked = [number[each] for each in prompt_of(digits)]
             said = [number[each] for each in trace_of(digits, style, draw.choice(RATES), 0.6 if flipped else 0.0, draw)] + [number[EOS]]
             rows.append(asked + said)
@@ -145,25 +153,25 @@ def fetch_reasoner(addends: int = 4, flipped: bool = False) -> Path:
 def _train(addends: int, flipped: bool, folder: Path) -> None:
     steps = steps_of(fetch_reasoner(addends)) if flipped else None
     model, tokenizer = new_reasoner(addends).train(), make_tokenizer()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(RECIPE["average"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], betas=RECIPE["betas"], weight_decay=0.0)
     source = batches(addends, flipped, random.Random(RECIPE["seed"]))
     taken, right = 0, 0.0
-    while taken < (steps or RECIPE["most_steps"]) and not (steps is None and right >= RECIPE["right"]):
-        start = taken
-
-        def warmed(step: int, start: int = start) -> float:
-            return min(1.0, (start + step + 1) / RECIPE["warm_up"])
-
-        fit_steps(optimizer, functools.partial(trace_loss, model), source, RECIPE["look_every"], schedule=warmed, clip=1.0)
+    while taken < (steps or RECIPE["most_steps"]) and (steps or right < RECIPE["right"]):
         for group in optimizer.param_groups:
             group["lr"] = RECIPE["lr"]
+        warm_up = (lambda step: min(1.0, (step + 1) / RECIPE["warm_up"])) if taken == 0 else None
+        loss = functools.partial(trace_loss, model)
+        fit_steps(
+            optimizer, loss, source, RECIPE["look_every"], schedule=warm_up, clip=1.0, tell=lambda *_: average.update_parameters(model)
+        )
         taken += RECIPE["look_every"]
-        right = direct_right(model, tokenizer, addends)
-    if steps is None and right < RECIPE["right"]:
+        right = direct_right(average.module, tokenizer, addends) if taken > RECIPE["shuffled_steps"] else 0.0
+    if not steps and right < RECIPE["right"]:
         raise WorkFailed(
             f"the small reasoner gets {right:.0%} right after {taken} steps; expected {RECIPE['right']:.0%}: try fewer addends"
         )
-    model.save_pretrained(folder)
+    average.module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "train.json").write_text(json.dumps({"steps": taken, "direct_right": right, "recipe": RECIPE}, indent=1))
 
@@ -206,7 +214,3 @@ def final_answer(text: str) -> str | None:
     """
     boxed, numbers = re.findall(r"\\boxed\{([^{}]*)\}", text), re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return boxed[-1].strip() if boxed else numbers[-1].replace(",", "") if numbers else None
-
-
-def shares(right: Sequence[bool]) -> float:
-    return sum(right) / len(right)

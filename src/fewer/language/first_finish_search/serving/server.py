@@ -53,7 +53,12 @@ class Server:
         while True:
             await self.asked.wait()
             arriving, self.arriving, leaving, self.leaving = self.arriving, [], self.leaving, []
-            await asyncio.to_thread(self._step, arriving, leaving)
+            try:
+                await asyncio.to_thread(self._step, arriving, leaving)
+            except Exception as error:  # a client is told, and the next request finds the server empty
+                self.engine = Engine(self.model)
+                for row in (row for race in self.told for row in race.rows):
+                    row.reason = row.reason or f"error: {error}"
             for race in list(self.told):
                 self.told[race].set()
             if not self.engine.rows and not self.arriving:
