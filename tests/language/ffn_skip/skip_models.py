@@ -66,7 +66,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all": {},
     "k=1": {"max_skips": 1},
     "k=2": {"max_skips": 2},
-    "k=1, rearmed": {"max_skips": 1, "rearm": True},
+    "k=1, rearmed": {"max_skips": 1, "rearm": True, "threshold": 0.5},
     "static": {"mode": "static", "static_layers": (2, 4)},
     "random": {"mode": "random", "p": 0.5, "seed": 3},
     "layers": {"mode": "layers", "static_layers": (2, 3)},

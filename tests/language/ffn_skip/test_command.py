@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from skip_models import planted, settings, text
+from skip_models import planted, settings, text, written
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fewer.errors import UserError
+from fewer.language._shared.prenorm import decode_bound
 from fewer.language._shared.timing import wide_llama
 from fewer.language._shared.trained import Trained
 from fewer.language.ffn_skip import FFNSkipConfig, calibrate, ffn_skip, teacher_forced
 from fewer.language.ffn_skip.bench import without
-from fewer.language.ffn_skip.problems import read_texts, repeating, way_of, wide_work, write_on
+from fewer.language.ffn_skip.problems import THREE_OF_EIGHT, decoding, read_texts, repeating, way_of, write_on
 from fewer.language.ffn_skip.study import QUARTER, Task, against, study
 from fewer.study import Results, Scale, Trial
 from fewer.study.results import Row
@@ -26,7 +29,7 @@ from fewer.study.trial import FigureEvent, TrialSpec
 from fewer.tasks import fetch_small_lm, micro_lm
 from fewer.tasks.language_corpus import is_validation
 
-TEXT = "The council meets on the first Monday of every month. Its minutes are kept by the clerk. " * 40
+TEXT = "The council meets on the first Monday of every month. Its minutes are kept by the clerk. " * 200
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +62,14 @@ def test_a_model_is_calibrated_and_writes_with_what_was_found(fewer, directory, 
     assert len(told["similarity"]) == config.num_layers == 4
     assert (config.threshold, config.warmup_tokens) == (told["threshold"], 4)
     words = ("generate", str(directory), "--prompt", "The council", "--tokens", "20")
-    written = json.loads(fewer(*words, "--skip", "skip.json", "--json").stdout)
+    found = json.loads(fewer(*words, "--skip", "skip.json", "--json").stdout)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
     ids = tokenizer("The council", return_tensors="pt").input_ids
     with ffn_skip(model, config) as stats:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-    assert written["completion"] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    assert written["skipped"] == stats.ratio > 0
-    assert written["skipped_of_all"] == stats.ratio_all
+    assert found["completion"] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert found["skipped"] == stats.ratio > 0
+    assert found["skipped_of_all"] == stats.ratio_all
     plain = fewer(*words)
     assert plain.stdout.startswith("The council")
     assert "20 tokens in" in plain.stderr
@@ -143,24 +146,34 @@ def test_texts_are_judged_after_the_warm_up():
 
 
 def test_writing_goes_on_from_the_prompt():
-    out, stats = write_on(planted(), text(2, 6), settings(warmup_tokens=3), 12)
-    assert out.shape == (2, 12)
-    assert (stats.decoded_tokens, stats.tokens) == (22, 16)
+    model, texts = planted(), text(2, 70)
+    out, stats = write_on(model, texts, settings(warmup_tokens=25), 30)
+    assert (stats.decoded_tokens, stats.tokens) == (2 * 29, 2 * 4)
+    with ffn_skip(model, settings(warmup_tokens=25)):
+        assert torch.equal(out, written(model, texts[:, :64], 30)[0][:, 64 + 25 :])
     assert repeating(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9] * 2, list(range(18))])) == 0.5
 
 
-def test_the_bound_is_that_of_the_weights_read(monkeypatch):
-    monkeypatch.setattr("fewer.language.ffn_skip.problems.wide_llama", lambda layers: micro_lm())
+def test_the_bound_is_that_of_the_weights_read():
     with torch.device("meta"):
         wide = wide_llama(8)
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in wide.model.layers]
     assert sum(p.numel() * 4 for p in wide.parameters()) == pytest.approx(1.6e9, rel=0.05)
-    assert 3 * 2048 * 5504 / layers[0] == pytest.approx(0.67, abs=0.01)
-    skipping, plain, bound = wide_work(3, FFNSkipConfig(1, 4, threshold=-1.0, warmup_tokens=0))
-    read = sum(p.numel() for layer in micro_lm().model.layers for p in layer.parameters()) + 2048 * 64
-    assert bound == pytest.approx(1 / (1 - 2 * 3 * 64 * 128 / read))
-    assert skipping()[1].ratio == 0.5
-    assert plain().shape == (1, 4)
+    assert decode_bound(wide, 3 / 8) == pytest.approx(1.33, abs=0.005)
+    model = micro_lm()
+    read = sum(p.numel() for layer in model.model.layers for p in layer.parameters()) + 2048 * 64
+    assert decode_bound(model, 0.5) == pytest.approx(1 / (1 - 2 * 3 * 64 * 128 / read))
+
+
+def test_what_is_timed_decodes_and_skips():
+    model, passes = micro_lm(), []
+    model.model.register_forward_hook(lambda _, args, output: passes.append(output.last_hidden_state.shape[:2]))
+    skipping, plain = decoding(model, 3, FFNSkipConfig(1, 4, threshold=-1.0, warmup_tokens=0)), decoding(model, 3)
+    assert [skipping().ratio, skipping().ratio] == [0.5, 0.5]
+    assert plain() is None
+    assert [shape for shape in passes if shape != (1, 1)] == [(1, 2)] * 3, "two prompts, and a look at the structure"
+    assert passes.count((1, 1)) == 9
+    _, stats = teacher_forced(planted(), text(1, 9), dataclasses.replace(THREE_OF_EIGHT, cold_end=5), 0)
+    assert stats.per_layer == [0, 0, 0, 9, 9, 0]
 
 
 def test_a_model_without_layers_is_that_of_their_states_passed_on():
@@ -188,6 +201,16 @@ def test_rivals_are_compared_at_as_many_blocks_skipped():
     assert difference.per_seed.tolist() == pytest.approx([1.15 - 1.25, 1.15 - 1.05])
 
 
+def test_a_model_of_the_users_own_that_cannot_skip_is_told_in_one_line(directory, notes, tmp_path):
+    shallow = planted()
+    shallow.model.layers, shallow.config.num_hidden_layers = shallow.model.layers[:2], 2
+    shallow.save_pretrained(tmp_path / "shallow")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "shallow")
+    options = study.choose_options({"model": str(tmp_path / "shallow"), "text": str(notes)})
+    with pytest.raises(UserError, match=r"--set model=.*the model has 2 layers; expected at least 3"):
+        study.build_task(Scale.QUICK, options)
+
+
 @pytest.mark.parametrize("arm", ["full", "ffn-skip", "variants"])
 def test_every_arm_logs_what_the_claims_ask(directory, arm, monkeypatch):
     monkeypatch.setattr("fewer.language.ffn_skip.study.HELD_OUT", dict.fromkeys(Scale, 400))
@@ -198,7 +221,7 @@ def test_every_arm_logs_what_the_claims_ask(directory, arm, monkeypatch):
     given = Trained(directory, tokens, tokens, "a model of random weights")
     events = []
     trial = Trial(TrialSpec("m", "ffn-skip", arm, 0, Scale.QUICK, study.choose_options({})), events.append)
-    study.arms[arm].run(Task(given, tokens, Scale.QUICK), trial)
+    study.arms[arm].run(Task(given, given.model("cpu"), tokens, Scale.QUICK), trial)
     figures = {(event.name, *event.coordinates.values()) for event in events if isinstance(event, FigureEvent)}
     values = [event.value for event in events if isinstance(event, FigureEvent)]
     assert all(value is not None and math.isfinite(value) for value in values)

@@ -46,6 +46,16 @@ def ffn_flops(layer: nn.Module) -> int:
     return sum(2 * linear.in_features * linear.out_features for linear in ffn_linears(layer))
 
 
+def decode_bound(model: nn.Module, ratio: float) -> float:
+    """By how much faster decoding gets at most where it waits for weights, and a share of the FFNs is skipped: 1 / (1 - r f).
+
+    f is the FFNs' share of the weights that a token reads.
+    """
+    layers = layers_of(decoder_of(model))
+    read = sum(p.numel() for layer in layers for p in layer.parameters()) + cast(Any, model).lm_head.weight.numel()
+    return 1 / (1 - ratio * sum(ffn_flops(layer) / 2 for layer in layers) / read)
+
+
 def check_structure(decoder: nn.Module) -> None:
     """ValueError naming the class unless h' = h + Attn(norm1(h)) and h_out = h' + FFN(norm2(h')) hold, bit for bit, in every layer.
 

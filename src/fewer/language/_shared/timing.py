@@ -58,5 +58,5 @@ def wide_llama(layers: int, seed: int = 0) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    shape = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": layers, "num_attention_heads": 16}
+    shape: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": layers, "num_attention_heads": 16}
     return LlamaForCausalLM(LlamaConfig(vocab_size=2048, eos_token_id=None, **shape)).eval()

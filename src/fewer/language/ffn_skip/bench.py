@@ -9,25 +9,28 @@ import torch
 from torch import nn
 
 from fewer.language._shared.prenorm import layers_of
+from fewer.language._shared.timing import wide_llama
 from fewer.language.ffn_skip.calibration import calibrate
 from fewer.language.ffn_skip.config import FFNSkipConfig
-from fewer.language.ffn_skip.problems import WINDOW, WRITTEN, Work, read_texts, wide_work
+from fewer.language.ffn_skip.problems import THREE_OF_EIGHT, WINDOW, WRITTEN, Work, decoding, read_texts
 from fewer.study import Bench
 from fewer.tasks import load_small_lm
 from fewer.tasks.lm_training import draw_windows
 
 bench = Bench("ffn-skip")
-WIDE = "writing 4 tokens, random Llama of width 2,048"
+WIDE = "decoding 4 tokens, random Llama of width 2,048"
 
 
 @bench.race(f"{WIDE}, 3 of 8 blocks skipped", peer="transformers, the same model", reach=1 / 1.28)
 def writing() -> tuple[Work, Work]:
-    return wide_work(4)[:2]
+    model = wide_llama(8)
+    return decoding(model, 4, THREE_OF_EIGHT), decoding(model, 4)
 
 
 @bench.race(f"{WIDE}, all blocks watched and none skipped", peer="transformers, the same model", reach=1.03)
 def watching() -> tuple[Work, Work]:
-    return wide_work(4, FFNSkipConfig(1, 7, threshold=2.0, warmup_tokens=0))[:2]
+    model = wide_llama(8)
+    return decoding(model, 4, FFNSkipConfig(1, 7, threshold=2.0, warmup_tokens=0)), decoding(model, 4)
 
 
 @bench.quantity("loss after the warm-up, a quarter of the blocks skipped", peer="transformers, 2 of 8 layers removed", unit="", reach=1.0)

@@ -153,7 +153,7 @@ def find_threshold(
 def skipped_ratio(decoder: nn.Module, input_ids: Tensor, config: FFNSkipConfig, starts: int) -> float:
     """The share of all FFN blocks that tokens from a column on skip when the texts are read."""
     with reading(decoder, config, starts) as stats:
-        for part in _parts(input_ids):
+        for part in input_ids.split(max(1, AT_ONCE // input_ids.shape[1])):
             read(decoder, part)
     return stats.ratio
 
@@ -168,13 +168,9 @@ def layer_means(decoder: nn.Module, input_ids: Tensor, starts: int) -> tuple[Flo
             sums[which, number] += similarity(seen[before][:, starts:], seen["h_out"][:, starts:]).double().sum().cpu()
 
     with observed(layers, see):
-        for part in _parts(input_ids):
+        for part in input_ids.split(max(1, AT_ONCE // input_ids.shape[1])):
             read(decoder, part)
     of_ffn, of_layers = sums / input_ids[:, starts:].numel()
     if not bool(torch.isfinite(sums).all()):
         raise ValueError("the layers' states are not finite; expected a model that gives finite ones on this text (try float32)")
     return of_ffn, 1 - of_layers
-
-
-def _parts(input_ids: Tensor) -> tuple[Tensor, ...]:
-    return input_ids.split(max(1, AT_ONCE // input_ids.shape[1]))

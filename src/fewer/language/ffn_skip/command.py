@@ -14,9 +14,7 @@ import typer
 from fewer.devices import Device, choose_device
 from fewer.language._shared.command import DRAFT, MANY, check_alone
 
-app = typer.Typer(
-    help="Find out which feed-forward blocks a language model may leave out while it decodes: calibrate.", no_args_is_help=True
-)
+app = typer.Typer(no_args_is_help=True)
 
 MODEL = Annotated[Path, typer.Argument(help="A Llama, Mistral, Qwen or other pre-norm model directory with its tokenizer.")]
 DEVICE = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")]
@@ -71,8 +69,8 @@ def calibrate_skip(
         print(json.dumps(config.to_dict() | {"out": str(out), "similarity": similarities, "achieved_ratio": report.achieved_ratio}))
         return
     print(f"similarity by layer: {', '.join(f'{each:.3f}' for each in similarities)}")
-    window = f"layers {config.cold_start} to {config.cold_end - 1} ({report.widened} of them added to reach the target)"
-    print(f"FFNs of {window} may be left out; threshold {config.threshold:.4f}")
+    added = f"{report.widened} of them added to reach the target"
+    print(f"FFNs of layers {config.cold_start} to {config.cold_end - 1} ({added}) may be left out; threshold {config.threshold:.4f}")
     print(f"{report.achieved_ratio:.1%} of the blocks of {report.tokens:,} tokens are; written to {out}")
 
 

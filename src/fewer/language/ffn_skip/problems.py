@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DynamicCache
 
-from fewer.language._shared.prenorm import ffn_flops, layers_of
-from fewer.language._shared.timing import wide_llama, write
+from fewer.language._shared.speculative import CACHE
+from fewer.language._shared.timing import write
 from fewer.language.ffn_skip.calibration import CalibrationReport
 from fewer.language.ffn_skip.config import FFNSkipConfig
 from fewer.language.ffn_skip.skipping import ffn_skip, read, reading
@@ -65,10 +66,10 @@ def read_texts(model: Any, texts: Tensor, config: FFNSkipConfig, warmup: int = W
     return Reading(loss / tokens, right / tokens, same / tokens, stats)
 
 
-def write_on(model: Any, prompts: Tensor, config: FFNSkipConfig, tokens: int = WRITTEN) -> tuple[Tensor, FFNSkipStats]:
-    """(what is written greedily after each prompt, exactly so many tokens; the counts)."""
+def write_on(model: Any, texts: Tensor, config: FFNSkipConfig, tokens: int = WRITTEN) -> tuple[Tensor, FFNSkipStats]:
+    """(what is written greedily after the texts' first 64 tokens, of so many tokens those after the warm-up; the counts)."""
     with ffn_skip(model, config) as stats:
-        return write(model, prompts, tokens), stats
+        return write(model, texts[:, :PROMPT], tokens)[:, WARMUP:], stats
 
 
 def repeating(rows: Tensor, length: int = 8) -> float:
@@ -81,14 +82,17 @@ def repeating(rows: Tensor, length: int = 8) -> float:
     return sum(len(set(row)) < len(row) for row in runs) / len(runs)
 
 
-def wide_work(tokens: int, config: FFNSkipConfig = THREE_OF_EIGHT, device: str = "cpu") -> tuple[Work, Work, float]:
-    """(a call that writes so many tokens one after the other, transformers' own of the same model, by how much faster the first can be).
+def decoding(model: Any, tokens: int, config: FFNSkipConfig | None = None) -> Work:
+    """A call that decodes so many tokens, one a pass, on from what was read before; transformers' own where no settings are given."""
+    cache = {CACHE: DynamicCache(config=model.config)}
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]], device=model.device), use_cache=True, **cache)
 
-    The model is a Llama of width 2,048, whose decoding waits for weights: 1 / (1 - r f) at most, f the FFNs' share of the weights read.
-    """
-    model, prompt = wide_llama(8).to(device), torch.tensor([[1, 2]], device=device)
-    ours = functools.partial(write_on, model, prompt, config, tokens + 1)
-    layers = layers_of(model.model)
-    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters()) + model.lm_head.weight.numel()
-    share = sum(ffn_flops(layer) / 2 for layer in layers) / weights
-    return ours, functools.partial(write, model, prompt, tokens + 1), 1 / (1 - ours()[1].ratio * share)
+    @torch.no_grad()
+    def work() -> FFNSkipStats | None:
+        with ffn_skip(model, config) if config else contextlib.nullcontext() as stats:
+            for token in torch.ones(tokens, 1, 1, dtype=torch.long, device=model.device):
+                model(token, use_cache=True, **cache)
+        return stats
+
+    return work
