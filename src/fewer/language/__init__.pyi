@@ -1,4 +1,4 @@
-from . import block_ffn, cfsp, first_finish_search, s2ft, zo2
+from . import block_ffn, cfsp, ffn_skip, first_finish_search, s2ft, zo2
 from .block_ffn import (
     AdaptiveFactor,
     AdaptiveFactorCallback,
@@ -14,6 +14,7 @@ from .block_ffn import (
     speculative_generate,
 )  # fmt: skip
 from .cfsp import CfspStats, PruneReport, allocate, calibrate, channel_importance, lora_ranks, prune, recover, save_pruned
+from .ffn_skip import FFNSkipConfig, FFNSkipStats, disable_ffn_skip, enable_ffn_skip, teacher_forced
 from .first_finish_search import (
     AsyncFFS,
     Diagnosis,
@@ -36,10 +37,11 @@ from .zo2 import ZO2, MeZO, StepResult, Update, ZO2Config, ZO2Trainer, replay
 
 __all__ = [
     "ZO2", "AdaptiveFactor", "AdaptiveFactorCallback", "AsyncFFS", "BlockFFN", "BlockFFNConfig", "BlockFFNForCausalLM", "CfspStats",
-    "Diagnosis", "FFSError", "FFSResult", "GenerateOutput", "MeZO", "PruneReport", "RaceConfig", "S2FTConfig", "S2FTModel", "S2Linear",
+    "Diagnosis", "FFNSkipConfig", "FFNSkipStats", "FFSError", "FFSResult", "GenerateOutput", "MeZO", "PruneReport", "RaceConfig", "S2FTConfig", "S2FTModel", "S2Linear",
     "SparsityStats", "StepResult", "Trace", "Update", "ZO2Config", "ZO2Trainer", "activation_locality_loss", "allocate", "beam",
-    "block_ffn", "budget_forcing", "calibrate", "cfsp", "channel_importance", "chunk_sparsification_loss", "diagnose", "expected_min",
+    "block_ffn", "budget_forcing", "calibrate", "cfsp", "channel_importance", "chunk_sparsification_loss", "diagnose", "disable_ffn_skip", "enable_ffn_skip",
+    "expected_min", "ffn_skip",
     "ffs_accuracy", "ffs_generate", "ffs_request", "first_finish_search", "get_s2ft_model", "last_finish", "lora_ranks", "majority_vote",
     "memory_plan", "model_sparsity", "permute_", "prune", "recover", "replay", "s2ft", "save_pruned", "select_units", "sparsity_stats",
-    "speculative_generate", "to_peft_lora", "zo2",
+    "speculative_generate", "teacher_forced", "to_peft_lora", "zo2",
 ]  # fmt: skip
