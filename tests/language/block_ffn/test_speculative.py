@@ -40,7 +40,7 @@ def greedy(model, prompts, tokens):
 @torch.no_grad()
 @pytest.mark.parametrize(("drafter", "many", "tokens"), [("ngram", 50, 64), ("a model near it", 4, 32), ("itself", 4, 32)])
 def test_greedy_text_is_the_targets_own(drafter, many, tokens):
-    model = make(torch.float64, kernel="union")
+    model = make(torch.float64, kernel="union", num_hidden_layers=1)
     near = copy.deepcopy(model)
     for weight in near.parameters():
         weight += 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(4), dtype=weight.dtype)
@@ -60,17 +60,17 @@ def test_greedy_text_is_the_targets_own(drafter, many, tokens):
 
 
 def test_sampled_pairs_of_tokens_have_the_targets_distribution():
-    """Chi-square of 20,000 draws of two tokens against exact probabilities, for a certain drafter and a drawing one."""
+    """Chi-square of 20,000 draws of two tokens against exact probabilities, and of 5,000 with a drafter that is certain."""
     draw = torch.Generator().manual_seed(0)
     first = torch.softmax(torch.randn(5, generator=draw, dtype=torch.float64), 0)
     second = torch.softmax(torch.randn(5, 5, generator=draw, dtype=torch.float64), 1)
     q_first = torch.softmax(torch.randn(5, generator=draw, dtype=torch.float64), 0)
     q_second = torch.softmax(torch.randn(5, 5, generator=draw, dtype=torch.float64), 1)
     exact = (first[:, None] * second).flatten()
-    for certain in (True, False):
+    for certain, draws in ((True, 5_000), (False, 20_000)):
         torch.manual_seed(1)
         counts = torch.zeros(25)
-        for _ in range(20_000):
+        for _ in range(draws):
             if certain:
                 draft, q = torch.tensor([2, 3]), None
             else:
@@ -81,10 +81,10 @@ def test_sampled_pairs_of_tokens_have_the_targets_distribution():
             kept = accept_by_rejection(draft, q, p)
             pair = kept[:2] if len(kept) > 1 else torch.cat([kept, torch.multinomial(second[kept[0]], 1)])
             counts[pair[0] * 5 + pair[1]] += 1
-        assert chisquare(counts.numpy(), (exact * 20_000).numpy()).pvalue > 1e-3, certain
+        assert chisquare(counts.numpy(), (exact * draws).numpy()).pvalue > 1e-3, certain
 
 
-@pytest.mark.parametrize(("draft", "draws"), [("ngram", 200), ("model", 200)])
+@pytest.mark.parametrize(("draft", "draws"), [("ngram", 150), ("model", 150)])
 def test_sampling_end_to_end_has_the_targets_distribution(draft, draws):
     model = make(torch.float64, vocab_size=6, initializer_range=0.5, eos_token_id=None)
     torch.manual_seed(5)
@@ -114,12 +114,13 @@ def test_what_is_accepted_greedily():
         assert accept_greedily(torch.tensor(draft, dtype=torch.long), logits[: len(draft) + 1]).tolist() == kept
 
 
-def test_prompt_lookup_takes_the_longest_and_latest_match():
+def test_prompt_lookup_takes_the_longest_match_and_the_latest_that_says_enough():
     def after(*tokens, count=2):
         return PromptLookup().propose(torch.tensor(tokens), count)[0].tolist()
 
     assert after(1, 2, 3, 9, 1, 2, 3) == [9, 1]
     assert after(5, 3, 7, 4, 3, 8, 6, 3) == [8, 6]  # of one token: the latest
+    assert after(5, 3, 7, 4, 3, 8, 6, 3, count=4) == [7, 4, 3, 8]  # the latest is followed by three alone
     assert after(1, 2, 3) == []
     assert after(4) == []
     assert after(1, 1, 1, count=3) == [1]

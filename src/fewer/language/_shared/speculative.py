@@ -88,7 +88,8 @@ class PromptLookup:
         for length in range(min(LONGEST_MATCH, len(tokens) - 1), 0, -1):
             places = (tokens[:-1].unfold(0, length, 1) == tokens[-length:]).all(1).nonzero().flatten()
             if len(places):
-                after = int(places[-1]) + length
+                enough = places[places + length + count <= len(tokens)]
+                after = int(enough[-1] if len(enough) else places[0]) + length  # the latest that is followed by enough, else by most
                 return tokens[after : after + count], None
         return tokens[:0], None
 
@@ -199,8 +200,8 @@ def _verify(reader: Reader, tokens: Tensor, last: int, out: GenerateOutput) -> T
         return reader.logits(tokens, last)[0]
     logits, passed = reader.logits(tokens, last, output_router_logits=True)
     layers = zip(reader.model.feed_forwards(), passed.router_logits, strict=True)
-    shares = [layer.active(router_logits).flatten(0, 1).any(0).float().mean().item() for layer, router_logits in layers]
-    out.union_shares.append(sum(shares) / len(shares))
+    used = [layer.active(router_logits).flatten(0, 1).any(0).float().mean() for layer, router_logits in layers]
+    out.union_shares.append(torch.stack(used).mean().item())
     return logits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -92,7 +92,7 @@ class BlockFFN(nn.Module):
         if kernel == "triton" and activation != "silu":
             raise ValueError(f"activation is {activation!r}; expected 'silu' with the triton kernel: use another kernel")
         self.hidden_size, self.num_experts, self.expert_size = hidden_size, num_experts, expert_size
-        self.activation, self.kernel = activation, cast(Kernel, kernel)
+        self.activation, self.kernel = activation, kernel
         self.router_proj = nn.Linear(hidden_size, num_experts, bias=False)
         self.router_norm = RouterNorm(num_experts, eps)
         self.up_proj = nn.Parameter(torch.empty(num_experts * expert_size, hidden_size))
@@ -135,8 +135,8 @@ class BlockFFN(nn.Module):
         self, x: Float[Tensor, "T d"], gates: Float[Tensor, "T E"], active: Bool[Tensor, "T E"], kernel: Kernel | None = None
     ) -> Float[Tensor, "T d"]:
         """The experts' outputs, each times its gate, summed; gates are 0 where an expert is not active."""
-        kernel = kernel or self.kernel
-        match self._quickest(x, active) if kernel == "auto" else kernel:
+        chosen = kernel or self.kernel
+        match self._quickest(x, active) if chosen == "auto" else chosen:
             case "dense":
                 hidden = ACTIVATIONS[self.activation](F.linear(x, self.up_proj)).unflatten(-1, (self.num_experts, self.expert_size))
                 return F.linear((hidden * gates[..., None]).flatten(-2), self.down_proj)

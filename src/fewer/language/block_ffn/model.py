@@ -66,6 +66,7 @@ class BlockFFNForCausalLM(MixtureForCausalLM):
         locality_loss, chunk_loss: of the last pass that had them, without a graph.
 
     Examples:
+        >>> import torch
         >>> config = BlockFFNConfig(vocab_size=32, hidden_size=16, num_experts=8, expert_size=4, num_hidden_layers=2,
         ...                         num_attention_heads=2, chunk_len=4)
         >>> model = BlockFFNForCausalLM(config).train()

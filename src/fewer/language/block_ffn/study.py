@@ -149,7 +149,7 @@ def experts_a_token(task: Task, seed: int) -> int:
 
 def train_and_judge(task: Task, trial: Trial, make: Callable[..., BlockFFNForCausalLM]) -> tuple[BlockFFNForCausalLM, SparsityStats]:
     """Train a model and log what it predicts, how sparse it is, and what it reads."""
-    model = make(task, trial.seed).to(trial.device)
+    model: Any = make(task, trial.seed).to(trial.device)  # pyright: ignore[reportArgumentType] - torch moves to any device
     told = trial.follow("training_loss", total=STEPS[task.scale], text="loss", over="step")
     with trial.measure("training"):
         learn(task, model, trial.seed, lambda _, loss: told(loss))
@@ -312,9 +312,7 @@ def within_bound(results: Results, kernel: str, tokens: int) -> Any:
     """Whether a wide layer's time, as a share of the dense one's, is at most 1.35 x its active share + 0.03."""
     times = results.values("time_share", "block-ffn", layer="wide", kernel=kernel, tokens=tokens)
     bounds = results.values("time_bound", "block-ffn", tokens=tokens)
-    return (
-        bootstrap(lambda time, bound: time - bound, times, bounds, what=f"share of the dense time ({kernel}, {tokens} tokens) - bound") <= 0
-    )
+    return bootstrap(lambda time, bound: time - bound, times, bounds, what="share of the dense layer's time - bound") <= 0
 
 
 @study.claim(
@@ -359,7 +357,9 @@ def cheap(results: Results) -> Any:
 
 
 @study.claim(
-    "With both losses the validation loss is at most 0.02 nats above the chunk loss alone", paper="0.1B: perplexity 14.88 against 15.66"
+    "With both losses the validation loss is at most 0.02 nats above the chunk loss alone",
+    paper="0.1B: perplexity 14.88 against 15.66",
+    if_fails="after so few steps the locality loss still costs prediction, by itself as well; in the paper's long training that has gone",
 )
 def locality_is_free(results: Results) -> Any:
     return results.no_worse("loss", "block-ffn", "chunk-loss", 0.02, better="lower")
@@ -384,7 +384,8 @@ def summary(results: Results) -> str:
         return f"{results.say('tls', arm)} of the experts unused and 8 tokens together {results.say('cls', arm, **AT_8)}"
 
     one, eight = (results.say("time_share", "block-ffn", unit="%", **at) for at in (ONE, EIGHT))
-    losses = ", ".join(f"{arm} {results.say('loss', arm)}" for arm in ("none", "chunk-loss", "top-k"))
+    others = (("none", "without the losses"), ("chunk-loss", "with the chunk loss alone"), ("top-k", "with top-K"))
+    losses = ", ".join(f"{results.say('loss', arm)} {words}" for arm, words in others)
     return (
         f"Trained alike for {STEPS[Scale.QUICK]} steps, a token of BlockFFN leaves {unused('block-ffn')}; without the two losses {unused('none')}, "
         f"with a top-K router {unused('top-k')}. Its validation loss is {results.say('loss', 'block-ffn')} nats ({losses}). On one core a layer of "

@@ -27,14 +27,11 @@ def activation_locality_loss(
         router_logits: A0 of consecutive tokens.
         doc_ids: a number for each document; a pair of two documents does not count.
         attention_mask: 0 for padding; a pair with padding does not count.
-        alpha: how sharply the sigmoid tells active from inactive.
+        alpha: how sharply the sigmoid tells active from inactive, above 0.
         detach_target: no gradient into the later token; by default it flows into both, as in the released code.
 
     Returns:
         float32 (float64 of float64), 0 where there is no pair.
-
-    Raises:
-        ValueError: alpha is not above 0, or a shape does not fit.
 
     Examples:
         >>> activation_locality_loss(torch.tensor([[[9.0, -9.0], [9.0, -9.0]]]))
