@@ -91,6 +91,20 @@ def test_the_warm_up_counts_steps_or_positions():
         assert stats.ratio_all == pytest.approx(stats.ratio * stats.tokens / stats.decoded_tokens)
 
 
+def test_positions_are_counted_without_the_padding():
+    """Also where the caller gives a mask alone; padding is no token that skips."""
+    model, ids, mask = planted(), text(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    config = settings(threshold=-1, warmup_tokens=3, warmup_counts="position", skip_prefill=True)
+    with ffn_skip(model, config, per_token=True) as stats:
+        logits(model, ids, attention_mask=mask)
+    assert stats.per_token.any(-1).tolist() == [[False] * 3 + [True] * 5, [False] * 6 + [True] * 2]
+    assert (stats.tokens, stats.decoded_tokens) == (7, 13)
+    with ffn_skip(model, settings(threshold=-1, skip_prefill=True)) as stats:
+        logits(model, ids, attention_mask=mask)
+    assert stats.per_layer == [0, 0, 13, 13, 13, 0]
+
+
 def test_a_second_prompt_on_the_same_cache_begins_a_warm_up_of_its_own():
     model, ids, cache = planted(), text(1, 20), DynamicCache()
     with torch.no_grad(), ffn_skip(model, settings(warmup_tokens=2, threshold=-1), per_token=True) as stats:
