@@ -109,7 +109,7 @@ def test_rows_of_a_prompt_that_is_over_are_gone_at_once():
 
 @pytest.mark.parametrize("kind", ["llama", "sliding", "gpt2"])
 def test_what_is_left_after_rows_went_and_came_equals_a_fresh_run(kind):
-    model, asked = make(kind=kind), prompts(4, seed=4)
+    model, asked = make(kind=kind), [[3, 4, 5], [2, 9, 8, 7, 6, 5, 4, 3, 2], [5, 14, 3, 2, 11], [7, 6]]
     steps = torch.randint(2, 16, (4, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         batch = Batch(model, torch.tensor(asked[0]))
@@ -118,6 +118,7 @@ def test_what_is_left_after_rows_went_and_came_equals_a_fresh_run(kind):
         for step in range(5):
             batch.feed(steps[:3, step : step + 1])
         batch.keep([0, 2])
+        assert batch.mask.shape[1] == 10, "columns that were the longest row's alone are gone"
         batch.join(Batch(model, torch.tensor(asked[3])))
         for step in range(5, 9):
             batch.feed(steps[[0, 2, 3], step : step + 1])

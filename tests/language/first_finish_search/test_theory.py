@@ -122,7 +122,7 @@ def test_a_diagnosis_warns_where_accuracy_falls_with_n():
         table = [(p, s, lengths[p, s], "1" if right[p, s] else "0", "1") for p in range(200) for s in range(8)]
         assert diagnosis.replayed[n] == pytest.approx(replay(table, n).ffs.accuracy)
         assert diagnosis.replayed[n] == pytest.approx(diagnosis.predicted[n], abs=0.05)
-    assert diagnosis.by_decile[0] < 0.7 < 0.85 < diagnosis.by_decile[4]
+    assert diagnosis.by_decile[0] < 0.7 < 0.85 < diagnosis.by_decile[5]
     assert "75" in str(diagnosis)
     assert pickle.loads(pickle.dumps(diagnosis)).a == copy.deepcopy(diagnosis).a
 
