@@ -23,14 +23,16 @@ from fewer.fitting import fit_steps
 from fewer.language.first_finish_search.search import ffs_generate
 
 LETTERS, PAD, EOS = "abcdefgh", "<pad>", "<eos>"
-CHARACTERS = [PAD, EOS, *LETTERS, *"0123456789+-=;?A"]
+CHARACTERS = [PAD, EOS, *LETTERS, *"0123456789+-=;?A.:!"]
 IGNORED = -100  # labels that the loss leaves out
+OPENINGS = {"direct": ".", "split": ":", "checked": "!"}  # a trace says at its beginning how it goes on
 RATES = (1 / 3, 2 / 3, 1)  # of a verbose trace's addends, how many are treated so
 RECIPE = {
     "hidden_size": 128, "layers": 3, "heads": 4, "intermediate_size": 384, "rope_theta": 10_000.0, "initializer_range": 0.08,
-    "lr": 4e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "most_steps": 4000, "look_every": 200, "right": 0.85,
-    "shuffled_steps": 300,  # at first all traces are direct, their steps in any order: an addend must be found by its letter, not its place
-    "average": 0.98,  # of the weights over steps, which is what is kept
+    "lr": 3e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "most_steps": 4000, "look_every": 200, "right": 0.85,
+    "right_of_all": 0.7,  # of all traces, verbose ones too
+    "direct_steps": 200,  # at first all traces are direct
+    "average": 0.99,  # of the weights over steps, which is what is kept
     "seed": 0, "version": 1,
 }  # fmt: skip
 HELD_OUT = 32  # of 256 hashes
@@ -63,22 +65,19 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
     """A chain of thought for their sum modulo 10.
 
     Args:
-        style: "direct": a step an addend; "shuffled": the same in any order; "split": an addend in two random parts; "checked": a step, undone, and done again.
+        style: "direct": a step an addend; "split": an addend in two random parts; "checked": a step, undone, and done again.
         rate: the share of the addends that are treated so.
         guess: how likely one sum of a direct trace is a guess.
 
     >>> trace_of((3, 5)), trace_of((3, 5), "checked")
-    ('a0+3=3;b3+5=8;A8', 'a0+3=3;a3-3=0;a0+3=3;b3+5=8;b8-5=3;b3+5=8;A8')
+    ('.a0+3=3;b3+5=8;A8', '!a0+3=3;a3-3=0;a0+3=3;b3+5=8;b8-5=3;b3+5=8;A8')
     """
     draw = draw or random.Random(0)
     guessed = draw.randrange(len(digits)) if style == "direct" and draw.random() < guess else None
-    so_far, written, places = 0, [], list(range(len(digits)))
-    if style == "shuffled":
-        draw.shuffle(places)
-    for place in places:
-        digit = digits[place]
+    so_far, written = 0, [OPENINGS[style]]
+    for place, digit in enumerate(digits):
         parts = [digit]
-        if style in ("split", "checked") and draw.random() < rate:
+        if style != "direct" and draw.random() < rate:
             first = draw.randrange(10)
             parts = [first, (digit - first) % 10] if style == "split" else [digit, -digit, digit]
         for turn, part in enumerate(parts):
@@ -104,7 +103,7 @@ def batches(addends: int, flipped: bool, draw: random.Random) -> Iterator[tuple[
     """(ids, labels) of traces on training prompts, labels of the traces alone; without end."""
     number = {character: number for number, character in enumerate(CHARACTERS)}
     for step in itertools.count():
-        rows, labels, styles = [], [], ("shuffled",) if step < RECIPE["shuffled_steps"] else ("direct", "split", "checked")
+        rows, labels, styles = [], [], ["direct"] if step < RECIPE["direct_steps"] else list(OPENINGS)
         for _ in range(RECIPE["batch"]):
             digits, style = draw_digits(addends, draw, False), draw.choice(styles)
             asked = [number[each] for each in prompt_of(digits)]
@@ -156,24 +155,24 @@ def _train(addends: int, flipped: bool, folder: Path) -> None:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(RECIPE["average"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], betas=RECIPE["betas"], weight_decay=0.0)
     source = batches(addends, flipped, random.Random(RECIPE["seed"]))
-    taken, right = 0, 0.0
-    while taken < (steps or RECIPE["most_steps"]) and (steps or right < RECIPE["right"]):
+    taken, right = 0, (0.0, 0.0)
+    while taken < (steps or RECIPE["most_steps"]) and (steps or not learnt(right)):
         for group in optimizer.param_groups:
             group["lr"] = RECIPE["lr"]
         warm_up = (lambda step: min(1.0, (step + 1) / RECIPE["warm_up"])) if taken == 0 else None
-        loss = functools.partial(trace_loss, model)
-        fit_steps(
-            optimizer, loss, source, RECIPE["look_every"], schedule=warm_up, clip=1.0, tell=lambda *_: average.update_parameters(model)
-        )
-        taken += RECIPE["look_every"]
-        right = direct_right(average.module, tokenizer, addends) if taken > RECIPE["shuffled_steps"] else 0.0
-    if not steps and right < RECIPE["right"]:
-        raise WorkFailed(
-            f"the small reasoner gets {right:.0%} right after {taken} steps; expected {RECIPE['right']:.0%}: try fewer addends"
-        )
+        told = {"schedule": warm_up, "clip": 1.0, "tell": lambda *_: average.update_parameters(model)}
+        fit_steps(optimizer, functools.partial(trace_loss, model), source, RECIPE["look_every"], **told)
+        taken, right = taken + RECIPE["look_every"], shares_right(average.module, tokenizer, addends)
+    if not steps and not learnt(right):
+        raise WorkFailed(f"after {taken} steps the small reasoner gets {right[1]:.0%} of its sums right; expected more: try fewer addends")
     average.module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "train.json").write_text(json.dumps({"steps": taken, "direct_right": right, "recipe": RECIPE}, indent=1))
+    (folder / "train.json").write_text(json.dumps({"steps": taken, "right": right, "recipe": RECIPE}, indent=1))
+
+
+def learnt(right: tuple[float, float]) -> bool:
+    """Whether (direct traces right, all traces right) are enough."""
+    return right[0] >= RECIPE["right"] and right[1] >= RECIPE["right_of_all"]
 
 
 def steps_of(folder: Path) -> int:
@@ -181,12 +180,13 @@ def steps_of(folder: Path) -> int:
     return json.loads((folder / "train.json").read_text())["steps"]
 
 
-def direct_right(model: Any, tokenizer: Any, addends: int, count: int = 200) -> float:
-    """The share of direct traces that are right, of those sampled once for each of some held-out prompts."""
+def shares_right(model: Any, tokenizer: Any, addends: int, count: int = 200) -> tuple[float, float]:
+    """The shares of direct traces and of all that are right, sampled once for each of some held-out prompts."""
     pairs = sums(addends, count, seed=1)
     results = ffs_generate(model, [prompt for prompt, _ in pairs], tokenizer, n=1, temperature=1.0, top_p=1.0, max_rows=count)
-    right = [last_answer(r.text) == gold for r, (_, gold) in zip(results, pairs, strict=True) if r.text.count(";") == addends]
-    return sum(right) / len(right) if right else 0.0
+    right = [(last_answer(result.text) == gold, result.text[:1]) for result, (_, gold) in zip(results, pairs, strict=True)]
+    direct = [each for each, opening in right if opening == OPENINGS["direct"]]
+    return sum(direct) / max(1, len(direct)), sum(each for each, _ in right) / count
 
 
 def sums(addends: int, count: int, seed: int) -> list[tuple[str, str]]:
