@@ -18,7 +18,7 @@ for dtype, near in ((torch.float32, 1e-5), (torch.float16, 5e-3)):
     layer = BlockFFN(72, 5, 20, kernel="triton")
     layer.reset_parameters(0.3)
     layer = layer.to(dtype)
-    for tokens in (1, 2, 17):
+    for tokens in (1, 17):
         with torch.no_grad():
             x = torch.randn(tokens, 72).to(dtype)
             logits = layer.router_proj(x)
