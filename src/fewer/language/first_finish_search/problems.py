@@ -29,8 +29,8 @@ OPENINGS = {"direct": ".", "split": ":", "checked": "!"}  # a trace says at its 
 RATES = (1 / 3, 2 / 3, 1)  # of a verbose trace's addends, how many are treated so
 RECIPE = {
     "hidden_size": 128, "layers": 3, "heads": 4, "intermediate_size": 384, "rope_theta": 10_000.0, "initializer_range": 0.08,
-    "lr": 3e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "most_steps": 4000, "look_every": 200, "right": 0.85,
-    "right_of_all": 0.7,  # of all traces, verbose ones too
+    "lr": 3e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "full_rate": 300, "most_steps": 4000, "look_every": 200, "right": 0.85,
+    "right_of_all": 0.65,  # of all traces, verbose ones too
     "direct_steps": 200,  # at first all traces are direct
     "average": 0.99,  # of the weights over steps, which is what is kept
     "seed": 0, "version": 1,
@@ -159,8 +159,8 @@ def _train(addends: int, flipped: bool, folder: Path) -> None:
     while taken < (steps or RECIPE["most_steps"]) and (steps or not learnt(right)):
         for group in optimizer.param_groups:
             group["lr"] = RECIPE["lr"]
-        warm_up = (lambda step: min(1.0, (step + 1) / RECIPE["warm_up"])) if taken == 0 else None
-        told = {"schedule": warm_up, "clip": 1.0, "tell": lambda *_: average.update_parameters(model)}
+        schedule = functools.partial(rate_at, start=taken)
+        told = {"schedule": schedule, "clip": 1.0, "tell": lambda *_: average.update_parameters(model)}
         fit_steps(optimizer, functools.partial(trace_loss, model), source, RECIPE["look_every"], **told)
         taken, right = taken + RECIPE["look_every"], shares_right(average.module, tokenizer, addends)
     if not steps and not learnt(right):
@@ -168,6 +168,11 @@ def _train(addends: int, flipped: bool, folder: Path) -> None:
     average.module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "train.json").write_text(json.dumps({"steps": taken, "right": right, "recipe": RECIPE}, indent=1))
+
+
+def rate_at(step: int, start: int) -> float:
+    """The share of the learning rate: up over the warm-up, later down as one over the root of the steps, however many there will be."""
+    return min(1.0, (start + step + 1) / RECIPE["warm_up"], (RECIPE["full_rate"] / (start + step + 1)) ** 0.5)
 
 
 def learnt(right: tuple[float, float]) -> bool:
