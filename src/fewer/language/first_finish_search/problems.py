@@ -25,13 +25,13 @@ from fewer.language.first_finish_search.search import ffs_generate
 LETTERS, PAD, EOS = "abcdefgh", "<pad>", "<eos>"
 CHARACTERS = [PAD, EOS, *LETTERS, *"0123456789+-=;?A.:!"]
 IGNORED = -100  # labels that the loss leaves out
-OPENINGS = {"direct": ".", "split": ":", "checked": "!"}  # a trace says at its beginning how it goes on
+OPENINGS = {"direct": ".", "shuffled": ".", "split": ":", "checked": "!"}  # a trace says at its beginning how it goes on
 RATES = (1 / 3, 2 / 3, 1)  # of a verbose trace's addends, how many are treated so
 RECIPE = {
     "hidden_size": 128, "layers": 3, "heads": 4, "intermediate_size": 384, "rope_theta": 10_000.0, "initializer_range": 0.08,
-    "lr": 3e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "full_rate": 300, "most_steps": 4000, "look_every": 200, "right": 0.85,
-    "right_of_all": 0.65,  # of all traces, verbose ones too
-    "direct_steps": 200,  # at first all traces are direct
+    "lr": 4e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "most_steps": 4000, "look_every": 200, "right": 0.85,
+    "right_of_all": 0.6,  # of all traces, verbose ones too
+    "shuffled_steps": 300,  # at first all traces are direct, their steps in any order: an addend is found by its letter, not its place
     "average": 0.99,  # of the weights over steps, which is what is kept
     "seed": 0, "version": 1,
 }  # fmt: skip
@@ -65,7 +65,7 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
     """A chain of thought for their sum modulo 10.
 
     Args:
-        style: "direct": a step an addend; "split": an addend in two random parts; "checked": a step, undone, and done again.
+        style: "direct": a step an addend; "shuffled": the same in any order; "split": an addend in two random parts; "checked": a step, undone, and done again.
         rate: the share of the addends that are treated so.
         guess: how likely one sum of a direct trace is a guess.
 
@@ -74,10 +74,13 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
     """
     draw = draw or random.Random(0)
     guessed = draw.randrange(len(digits)) if style == "direct" and draw.random() < guess else None
-    so_far, written = 0, [OPENINGS[style]]
-    for place, digit in enumerate(digits):
+    so_far, written, places = 0, [OPENINGS[style]], list(range(len(digits)))
+    if style == "shuffled":
+        draw.shuffle(places)
+    for place in places:
+        digit = digits[place]
         parts = [digit]
-        if style != "direct" and draw.random() < rate:
+        if style in ("split", "checked") and draw.random() < rate:
             first = draw.randrange(10)
             parts = [first, (digit - first) % 10] if style == "split" else [digit, -digit, digit]
         for turn, part in enumerate(parts):
@@ -103,7 +106,7 @@ def batches(addends: int, flipped: bool, draw: random.Random) -> Iterator[tuple[
     """(ids, labels) of traces on training prompts, labels of the traces alone; without end."""
     number = {character: number for number, character in enumerate(CHARACTERS)}
     for step in itertools.count():
-        rows, labels, styles = [], [], ["direct"] if step < RECIPE["direct_steps"] else list(OPENINGS)
+        rows, labels, styles = [], [], ["shuffled"] if step < RECIPE["shuffled_steps"] else ["direct", "split", "checked"]
         for _ in range(RECIPE["batch"]):
             digits, style = draw_digits(addends, draw, False), draw.choice(styles)
             asked = [number[each] for each in prompt_of(digits)]
@@ -159,7 +162,7 @@ def _train(addends: int, flipped: bool, folder: Path) -> None:
     while taken < (steps or RECIPE["most_steps"]) and (steps or not learnt(right)):
         for group in optimizer.param_groups:
             group["lr"] = RECIPE["lr"]
-        schedule = functools.partial(rate_at, start=taken)
+        schedule = (lambda step: min(1.0, (step + 1) / RECIPE["warm_up"])) if taken == 0 else None
         told = {"schedule": schedule, "clip": 1.0, "tell": lambda *_: average.update_parameters(model)}
         fit_steps(optimizer, functools.partial(trace_loss, model), source, RECIPE["look_every"], **told)
         taken, right = taken + RECIPE["look_every"], shares_right(average.module, tokenizer, addends)
@@ -168,11 +171,6 @@ def _train(addends: int, flipped: bool, folder: Path) -> None:
     average.module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "train.json").write_text(json.dumps({"steps": taken, "right": right, "recipe": RECIPE}, indent=1))
-
-
-def rate_at(step: int, start: int) -> float:
-    """The share of the learning rate: up over the warm-up, later down as one over the root of the steps, however many there will be."""
-    return min(1.0, (start + step + 1) / RECIPE["warm_up"], (RECIPE["full_rate"] / (start + step + 1)) ** 0.5)
 
 
 def learnt(right: tuple[float, float]) -> bool:
