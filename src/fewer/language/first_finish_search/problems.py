@@ -23,14 +23,14 @@ from fewer.fitting import fit_steps
 from fewer.language.first_finish_search.search import ffs_generate
 
 LETTERS, PAD, EOS = "abcdefgh", "<pad>", "<eos>"
-CHARACTERS = [PAD, EOS, *LETTERS, *"0123456789+-=;?A.:!"]
+CHARACTERS = [PAD, EOS, *LETTERS, *"0123456789+-=;?A.!"]
 IGNORED = -100  # labels that the loss leaves out
-OPENINGS = {"direct": ".", "shuffled": ".", "split": ":", "checked": "!"}  # a trace says at its beginning how it goes on
+OPENINGS = {"direct": ".", "shuffled": ".", "checked": "!"}  # a trace says at its beginning how it goes on
 RATES = (1 / 3, 2 / 3, 1)  # of a verbose trace's addends, how many are treated so
 RECIPE = {
     "hidden_size": 128, "layers": 3, "heads": 4, "intermediate_size": 384, "rope_theta": 10_000.0, "initializer_range": 0.08,
     "lr": 4e-3, "betas": (0.9, 0.95), "batch": 32, "warm_up": 50, "most_steps": 4000, "look_every": 200, "right": 0.85,
-    "right_of_all": 0.6,  # of all traces, verbose ones too
+    "right_of_all": 0.75,  # of all traces, verbose ones too
     "shuffled_steps": 300,  # at first all traces are direct, their steps in any order: an addend is found by its letter, not its place
     "average": 0.99,  # of the weights over steps, which is what is kept
     "seed": 0, "version": 1,
@@ -65,7 +65,7 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
     """A chain of thought for their sum modulo 10.
 
     Args:
-        style: "direct": a step an addend; "shuffled": the same in any order; "split": an addend in two random parts; "checked": a step, undone, and done again.
+        style: "direct": a step an addend; "shuffled": the same in any order; "checked": a step, undone, and done again.
         rate: the share of the addends that are treated so.
         guess: how likely one sum of a direct trace is a guess.
 
@@ -79,12 +79,9 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
         draw.shuffle(places)
     for place in places:
         digit = digits[place]
-        parts = [digit]
-        if style in ("split", "checked") and draw.random() < rate:
-            first = draw.randrange(10)
-            parts = [first, (digit - first) % 10] if style == "split" else [digit, -digit, digit]
+        parts = [digit, -digit, digit] if style == "checked" and draw.random() < rate else [digit]
         for turn, part in enumerate(parts):
-            sign = "-" if style == "checked" and turn == 1 else "+"
+            sign = "-" if turn == 1 else "+"
             after = draw.randrange(10) if place == guessed else (so_far + part) % 10
             written.append(f"{LETTERS[place]}{so_far}{sign}{abs(part)}={after};")
             so_far = after
@@ -106,7 +103,7 @@ def batches(addends: int, flipped: bool, draw: random.Random) -> Iterator[tuple[
     """(ids, labels) of traces on training prompts, labels of the traces alone; without end."""
     number = {character: number for number, character in enumerate(CHARACTERS)}
     for step in itertools.count():
-        rows, labels, styles = [], [], ["shuffled"] if step < RECIPE["shuffled_steps"] else ["direct", "split", "checked"]
+        rows, labels, styles = [], [], ["shuffled"] if step < RECIPE["shuffled_steps"] else ["direct", "checked"]
         for _ in range(RECIPE["batch"]):
             digits, style = draw_digits(addends, draw, False), draw.choice(styles)
             asked = [number[each] for each in prompt_of(digits)]
