@@ -53,12 +53,20 @@ class GatedExperts(nn.Module):
 
         The weights are taken apart once (`unbind`): a select for each expert would give a gradient of all experts' size each time.
         """
+        if rows.is_cuda and rows.dtype == torch.bfloat16:
+            return self.grouped(rows, counts)
         return torch.cat(
             [
                 self._expert(part, up, down)
                 for part, up, down in zip(rows.split(list(counts)), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
             ]
         )
+
+    def grouped(self, rows: Float[Tensor, "A D"], counts: Sequence[int]) -> Float[Tensor, "A D"]:
+        """The same by torch's grouped products: one launch for all experts, on a GPU that has them."""
+        ends = torch.tensor(counts, device=rows.device).cumsum(0).int()
+        gate, value = F.grouped_mm(rows, self.up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * value, self.down_proj.transpose(1, 2), offs=ends)
 
     @staticmethod
     def _expert(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:

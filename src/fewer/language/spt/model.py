@@ -1,0 +1,397 @@
+"""A language model with LoRA, routed feed-forward networks and sparse attention, wrapped as peft wraps one.
+
+Converted in the release's order: LoRA on all linear and embedding layers (peft's), then feed-forward networks, then attention, which is an
+attention implementation of transformers named "spt" with a mask of its own name (without one padding would be lost silently).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.activations import ACT2FN
+from transformers.masking_utils import AttentionMaskInterface
+
+from fewer.checks import check_choice, check_not_negative, check_whole
+from fewer.errors import require
+from fewer.files import made_whole, model_digest, read_json, read_weights
+from fewer.fitting import fit_steps
+from fewer.language._shared.structure import structure_of
+from fewer.language.spt.attention import sparse_attention
+from fewer.language.spt.quantizer import CSR, Keep, ProductQuantizer, Tie, lookup
+from fewer.language.spt.routed import RoutedFFN, RoutedGatedFFN
+
+CONFIG, WEIGHTS = "spt_config.json", "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class SPTConfig:
+    """What of a model is made sparse, and how.
+
+    Attributes:
+        lora_r: LoRA's rank on all linear and embedding layers (no scaling factor); 0 puts none on.
+        ffn_blocks, ffn_active: blocks of channels, and how many of them a token passes.
+        attention_keep: one key in so many is kept.
+        keep_per: see `lookup`; "row" makes writing with a cache equal to reading at once.
+        codeword_dim, codewords: numbers of a subspace, and codewords in each.
+        tie: which of equally agreeing keys are kept.
+        clamp: of attention scores; None subtracts the largest instead.
+        pq_weight, balance_weight: of the code books' loss and of the routers' balance, in `auxiliary_loss`.
+        detach: keep the code books' loss from changing queries and keys.
+        sparse_attention, routed_ffn: which of the two is done.
+    """
+
+    lora_r: int = 16
+    ffn_blocks: int = 4
+    ffn_active: int = 2
+    attention_keep: int = 8
+    keep_per: Keep = "sequence"
+    codeword_dim: int = 8
+    codewords: int = 16
+    tie: Tie = "recent"
+    clamp: float | None = 10.0
+    pq_weight: float = 1e-2
+    balance_weight: float = 0.0
+    detach: bool = False
+    sparse_attention: bool = True
+    routed_ffn: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole(0, lora_r=self.lora_r)
+        check_whole(ffn_blocks=self.ffn_blocks, ffn_active=self.ffn_active, attention_keep=self.attention_keep)
+        check_whole(codeword_dim=self.codeword_dim, codewords=self.codewords)
+        check_not_negative(pq_weight=self.pq_weight, balance_weight=self.balance_weight)
+        check_choice(("sequence", "row"), keep_per=self.keep_per)
+        check_choice(("recent", "early"), tie=self.tie)
+        if self.ffn_active > self.ffn_blocks:
+            raise ValueError(f"ffn_active is {self.ffn_active} and ffn_blocks {self.ffn_blocks}; expected 1 to {self.ffn_blocks}")
+        if self.codewords > 256:
+            raise ValueError(f"codewords is {self.codewords}; expected at most 256: a code is a byte")
+        if self.clamp is not None and not self.clamp > 0:
+            raise ValueError(f"clamp is {self.clamp}; expected a number above 0, or None")
+
+
+class SparseAttention(nn.Module):
+    """The code book of an attention layer and what it found last; attached to the layer as `spt`.
+
+    Attributes:
+        watched: where it is a list, (q, k, csr) of each pass goes into it.
+        loss: the code books' loss of the last pass in training mode.
+    """
+
+    def __init__(self, head_dim: int, config: SPTConfig) -> None:
+        super().__init__()
+        self.quantizer, self.config = ProductQuantizer(head_dim, config.codeword_dim, config.codewords), config
+        self.watched: list[tuple[Tensor, Tensor, CSR]] | None = None
+        self.loss: Tensor | None = None
+        self.stored_bytes = 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
+        config = self.config
+        if self.training and torch.is_grad_enabled():
+            self.loss = self.quantizer.loss(q, config.detach) + self.quantizer.loss(k, config.detach)
+        csr = self.choose(q, k, mask, window)
+        self.stored_bytes = len(csr.indices) * (csr.indices.element_size() + max(4, q.element_size()))
+        if self.watched is not None:
+            self.watched.append((q.detach(), k.detach(), csr))
+        return sparse_attention(q, k, v, csr, config.clamp, scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"loss": None}  # it has a graph, which no copy can have
+
+    def choose(self, q: Tensor, k: Tensor, mask: Tensor | None, window: int | None) -> CSR:
+        """The keys that are kept: those whose codes agree most."""
+        config, encode = self.config, self.quantizer.encode
+        words: dict[str, Any] = {"keep_per": config.keep_per, "tie": config.tie, "window": window}
+        return lookup(encode(q), encode(k), config.attention_keep, True, mask, **words)
+
+
+def spt_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **words: Any
+) -> tuple[Tensor, None]:
+    """The attention implementation "spt" of transformers: [B, H, n, d] -> [B, n, H, d]."""
+    own = getattr(module, "spt", None)
+    if own is None or not getattr(module, "is_causal", True):
+        raise NotImplementedError(
+            f"{type(module).__name__} is no causal self-attention with a code book; expected a model that get_spt_model made: use another attn_implementation"
+        )
+    if not (query.isfinite().all() and key.isfinite().all()):
+        raise ValueError(
+            f"queries or keys of layer {getattr(module, 'layer_idx', '?')} are not finite; expected numbers: look at the input, or lower the learning rate"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return own(query, key, value, attention_mask, scale, words.get("sliding_window")).transpose(1, 2).contiguous(), None
+
+
+def spt_mask(*, kv_length: int, kv_offset: int = 0, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """The mask that "spt" gets: which keys are no padding, [B, t]; which are in the past it knows itself."""
+    return None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+
+
+AttentionInterface.register("spt", spt_attention)
+AttentionMaskInterface.register("spt", spt_mask)  # pyright: ignore[reportArgumentType]
+
+
+class LayerStats(NamedTuple):
+    """What a layer did in a pass: shares of tokens a block saw; how many of the true top keys were kept, and how much of the attention."""
+
+    load: list[float]
+    recall: float
+    mass: float
+    stored_bytes: int
+
+
+def get_spt_model(model: nn.Module, config: SPTConfig | None = None) -> SPTModel:
+    """Put LoRA on a model, route its feed-forward networks and make its attention sparse; only adapters, routers and code books train.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or OPT causal language model of transformers; it is changed in place.
+
+    Raises:
+        ValueError: an architecture that is not known, quantised weights, or sizes that do not divide.
+
+    Examples:
+        >>> from fewer.tasks import micro_lm
+        >>> model = get_spt_model(micro_lm(), SPTConfig(lora_r=4))
+        >>> ids = torch.arange(24)[None]
+        >>> model(input_ids=ids, labels=ids).loss.backward()
+        >>> model.generate(input_ids=ids, max_new_tokens=2).shape
+        torch.Size([1, 26])
+    """
+    return SPTModel(model, config or SPTConfig())
+
+
+class SPTModel(nn.Module):
+    """What `get_spt_model` makes. What this class lacks (`config`, `generate`, ...) is asked of the model; with labels, in training mode,
+    the loss has `auxiliary_loss()` in it."""
+
+    def __init__(self, model: nn.Module, config: SPTConfig) -> None:
+        super().__init__()
+        self.structure = check_convertible(model, config)
+        self.spt_config, self.base_hash = config, model_digest(model)
+        model.requires_grad_(False)
+        self.base_model = with_lora(model, config.lora_r) if config.lora_r else model
+        self._last: dict[str, Any] = {}
+        if config.routed_ffn:
+            self._route()
+        if config.sparse_attention:
+            for layer in self.structure.layers:
+                attention: Any = model.get_submodule(self.structure.path(layer, "self_attn"))
+                attention.spt = SparseAttention(self.structure.head_dim, config).to(_place(model))
+            cast(Any, model).set_attn_implementation("spt")
+
+    def _route(self) -> None:
+        config, family, plain = self.spt_config, self.structure.family, cast(Any, self.plain)
+        words: dict[str, Any] = {"blocks": config.ffn_blocks, "active": config.ffn_active, "balance_weight": config.balance_weight}
+        for number in self.structure.layers:
+            layer = plain.get_submodule(f"{family.layers}.{number}")
+            if family.name == "opt":
+                routed: Any = RoutedFFN(layer.fc1, layer.fc2, act=layer.activation_fn, **words)
+                layer.fc1, layer.activation_fn, layer.fc2 = routed, nn.Identity(), nn.Identity()
+            else:
+                act = ACT2FN[plain.config.hidden_act]
+                routed = layer.mlp = RoutedGatedFFN(layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, act=act, **words)
+            routed.router.to(_place(plain))
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model of transformers itself, converted."""
+        return cast(Any, self.base_model).base_model.model if self.spt_config.lora_r else self.base_model
+
+    @property
+    def attentions(self) -> list[SparseAttention]:
+        return [module for module in self.modules() if isinstance(module, SparseAttention)]
+
+    @property
+    def networks(self) -> list[RoutedFFN | RoutedGatedFFN]:
+        return [module for module in self.modules() if isinstance(module, RoutedFFN | RoutedGatedFFN)]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model"), name)
+
+    def forward(self, *args: Any, **words: Any) -> Any:
+        self._last = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | words
+        out = self.base_model(*args, **words)
+        if self.training and getattr(out, "loss", None) is not None:
+            out.loss = out.loss + self.auxiliary_loss()
+        return out
+
+    def auxiliary_loss(self) -> Tensor:
+        """pq_weight times the code books' losses, plus the routers' balance, of the last pass in training mode."""
+        parts = [self.spt_config.pq_weight * each.loss for each in self.attentions if each.loss is not None]
+        parts += [each.balance_loss for each in self.networks if each.balance_loss is not None]
+        return torch.stack(parts).sum() if parts else torch.zeros((), device=_place(self))
+
+    @torch.no_grad()
+    def stats(self) -> list[LayerStats]:
+        """Block loads, recall of the true top keys, kept attention mass and stored bytes of each layer, for the last pass' input."""
+        if not self._last:
+            raise ValueError("no pass went before; expected one, whose input is looked at")
+        for each in self.attentions:
+            each.watched = []
+        was_training = self.training
+        try:
+            self.eval().base_model(
+                **{name: value for name, value in self._last.items() if name in ("input_ids", "attention_mask")}, use_cache=False
+            )
+            seen = [each.watched[0] if each.watched else None for each in self.attentions]
+        finally:
+            self.train(was_training)
+            for each in self.attentions:
+                each.watched = None
+        found = []
+        for number in self.structure.layers:
+            load = cast(Tensor, self.networks[number].load).tolist() if self.networks else []
+            watched = seen[number] if seen else None
+            recall, mass = recall_and_mass(*watched) if watched else (1.0, 1.0)
+            found.append(LayerStats(load, recall, mass, self.attentions[number].stored_bytes if seen else 0))
+        return found
+
+    def train_code_books(self, ids: Tensor, steps: int = 200, lr: float = 3e-2) -> None:
+        """Train the code books alone on the queries and keys of some windows [B, T]: random ones hardly move in a short tuning."""
+        for each in self.attentions:
+            each.watched = []
+        was_training = self.training
+        with torch.no_grad():
+            self.eval().base_model(input_ids=ids, use_cache=False)
+        self.train(was_training)
+        for each in self.attentions:
+            q, k, _ = cast(Any, each.watched)[0]
+            each.watched = None
+            loss_of = lambda q, k, quantizer=each.quantizer: quantizer.loss(q) + quantizer.loss(k)  # noqa: E731
+            fit_steps(torch.optim.Adam(each.quantizer.parameters(), lr=lr), loss_of, [(q, k)], steps)
+
+    # Kept on disk
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that train, by name."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """In peft's words."""
+        trained, whole = (sum(p.numel() for _, p in each) for each in (self.trained(), self.named_parameters()))
+        print(f"trainable params: {trained:,} || all params: {whole:,} || trainable%: {100 * trained / whole:.4f}")
+
+    def save_pretrained(self, out_dir: str | Path, *, overwrite: bool = False) -> Path:
+        """Write what trains, and its config: the adapter alone, whole or not at all."""
+        from safetensors.torch import save_file
+
+        with made_whole(out_dir, overwrite, option="out_dir") as part:
+            save_file({name: parameter.detach().cpu().contiguous() for name, parameter in self.trained()}, part / WEIGHTS)
+            words = dataclasses.asdict(self.spt_config) | {"base_hash": self.base_hash}
+            (part / CONFIG).write_text(json.dumps(words, indent=1), encoding="utf8")
+        return Path(out_dir)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, adapter_dir: str | Path) -> SPTModel:
+        """The model that an adapter was saved of, converted and with the adapter's weights.
+
+        Raises:
+            ValueError: the adapter is of another base model, or its files do not hold together.
+        """
+        folder = Path(adapter_dir)
+        words = read_json(folder / CONFIG)
+        expected = words.pop("base_hash", None)
+        try:
+            config = SPTConfig(**words)
+        except TypeError as error:
+            raise ValueError(f"{folder / CONFIG} is no config of SPT ({error}); expected what save_pretrained wrote") from error
+        if expected != model_digest(model):
+            raise ValueError(f"{folder} is an adapter of another base model; expected the model that it was trained on")
+        made, weights = cls(model, config), read_weights(folder / WEIGHTS)
+        own = dict(made.trained())
+        odd = sorted(set(own) ^ set(weights)) + [name for name in own if name in weights and own[name].shape != weights[name].shape]
+        if odd:
+            raise ValueError(f"{folder / WEIGHTS} and its config disagree about {', '.join(odd[:5])}; expected the files of one adapter")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+        return made.eval()
+
+    def merge_and_unload(self) -> None:
+        """There is no dense model that computes this: RuntimeError that says so."""
+        raise RuntimeError(
+            "a routed network and sparse attention are other functions than dense ones, so there is no dense model to merge into; keep the "
+            "adapter: save_pretrained"
+        )
+
+
+def check_convertible(model: nn.Module, config: SPTConfig) -> Any:
+    """The model's structure; ValueError where it cannot be converted."""
+    structure = structure_of(model, ["gated", "opt"])
+    kind = cast(Any, model).config.model_type
+    if kind not in ("llama", "mistral", "qwen2", "opt"):
+        raise ValueError(
+            f"{type(model).__name__} ({kind}) is of no known architecture; expected a Llama, Mistral, Qwen2 or OPT causal language model"
+        )
+    for layer in structure.layers:
+        for name in structure.family.members:
+            linear = model.get_submodule(structure.path(layer, name))
+            if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+                raise ValueError(
+                    f"{structure.path(layer, name)} is a {type(linear).__name__}; expected an unquantised torch.nn.Linear: load the model without quantisation"
+                )
+    odd = [width for width in structure.widths if config.routed_ffn and width % config.ffn_blocks]
+    if odd:
+        raise ValueError(
+            f"a feed-forward network has {odd[0]} channels and ffn_blocks is {config.ffn_blocks}; expected a divisor of {odd[0]}"
+        )
+    if config.sparse_attention and structure.head_dim % config.codeword_dim:
+        raise ValueError(
+            f"a head has {structure.head_dim} numbers and codeword_dim is {config.codeword_dim}; expected a divisor of {structure.head_dim}"
+        )
+    return structure
+
+
+def with_lora(model: nn.Module, rank: int) -> Any:
+    """The model with peft's LoRA on all linear and embedding layers but the head: A ~ N(0, 1), B = 0, no scaling factor."""
+    peft = require("peft", "language")
+    head = cast(Any, model).get_output_embeddings()
+    paths = [name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding) and module is not head]
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=paths, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_()
+            if "lora_embedding_" in name:  # an embedding looks A up and multiplies by B: there A is what begins at 0
+                parameter.zero_() if "_A" in name else parameter.normal_()
+    return wrapped
+
+
+@torch.no_grad()
+def recall_and_mass(q: Tensor, k: Tensor, csr: CSR) -> tuple[float, float]:
+    """(how many of the K truly largest scores of each query were kept, which share of the whole softmax they hold), means over queries.
+
+    A diagnosis: scores are computed a head at a time.
+    """
+    batch, heads, queries = csr.heads
+    recalls, masses = [], []
+    for b in range(batch):
+        for h in range(heads):
+            scores = (q[b, h].float() @ k[b, h * k.shape[1] // heads].float().T) * q.shape[-1] ** -0.5
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(k.shape[2] - queries + 1), -torch.inf)
+            at = (b * heads + h) * queries
+            indptr = csr.indptr[at : at + queries + 1]
+            kept = torch.zeros_like(scores, dtype=torch.bool)
+            kept[torch.repeat_interleave(torch.arange(queries), indptr.diff()), csr.indices[int(indptr[0]) : int(indptr[-1])].long()] = True
+            rank = scores.argsort(-1, descending=True).argsort(-1)
+            wanted = indptr.diff()[:, None]
+            some = wanted[:, 0] > 0
+            recalls.append(((kept & (rank < wanted)).sum(-1)[some] / wanted[some, 0]).mean().item())
+            masses.append((scores.softmax(-1) * kept).sum(-1)[some].mean().item())
+    return sum(recalls) / len(recalls), sum(masses) / len(masses)
+
+
+def _place(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

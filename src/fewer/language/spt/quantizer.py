@@ -1,0 +1,156 @@
+"""Product quantisation of queries and keys, and the lookup: keys whose codes agree with a query's in most subspaces are kept.
+
+Source: SPT, arXiv 2312.10365, and its released quantiser (L1 distance, 16 codewords of 8 numbers, one code book a layer).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int32, Int64, UInt8
+from torch import Tensor, nn
+
+from fewer.checks import check_choice, check_whole
+
+Keep = Literal["sequence", "row"]
+Tie = Literal["recent", "early"]
+
+
+class CSR(NamedTuple):
+    """Which keys each query keeps, for B x H heads of n queries one after the other.
+
+    Attributes:
+        indptr: [B H n + 1] where each query's keys begin.
+        indices: the keys, rising for each query.
+        heads: (B, H, n).
+    """
+
+    indptr: Int64[Tensor, "rows+1"]
+    indices: Int32[Tensor, "kept"]
+    heads: tuple[int, int, int]
+
+    def rows(self) -> Int64[Tensor, "kept"]:
+        """The query (of all heads) of each entry."""
+        return torch.repeat_interleave(torch.arange(len(self.indptr) - 1), self.indptr.diff())
+
+
+class ProductQuantizer(nn.Module):
+    """A code of M = d / codeword_dim numbers for each head vector: in each subspace the nearest of a few codewords by L1 distance.
+
+    Attributes:
+        codebook: [M, codewords, codeword_dim], drawn from N(0, 1), shared by all heads and by queries and keys of a layer.
+
+    Raises:
+        ValueError: head_dim is no multiple of codeword_dim, more than 256 codewords, none.
+
+    Examples:
+        >>> quantizer = ProductQuantizer(head_dim=64)
+        >>> quantizer.encode(torch.randn(2, 3, 5, 64)).shape
+        torch.Size([2, 3, 5, 8])
+    """
+
+    def __init__(self, head_dim: int, codeword_dim: int = 8, codewords: int = 16) -> None:
+        super().__init__()
+        check_whole(head_dim=head_dim, codeword_dim=codeword_dim, codewords=codewords)
+        if head_dim % codeword_dim:
+            raise ValueError(f"a head has {head_dim} numbers and codeword_dim is {codeword_dim}; expected a divisor of {head_dim}")
+        if codewords > 256:
+            raise ValueError(f"codewords is {codewords}; expected at most 256: a code is a byte")
+        self.codebook = nn.Parameter(torch.randn(head_dim // codeword_dim, codewords, codeword_dim))
+
+    def _distances(self, z: Float[Tensor, "... d"]) -> tuple[Float[Tensor, "M n c"], Float[Tensor, "M n w"]]:
+        """(the vectors by subspace, their L1 distances to its codewords), in the code book's precision."""
+        subspaces, _, width = self.codebook.shape
+        parts = z.reshape(-1, subspaces, width).to(self.codebook.dtype).transpose(0, 1)
+        return parts, torch.cdist(parts.contiguous(), self.codebook, p=1)
+
+    @torch.no_grad()
+    def encode(self, z: Float[Tensor, "... d"]) -> UInt8[Tensor, "... M"]:
+        """The nearest codeword of each subspace, of equally near ones the first."""
+        _, distance = self._distances(z)
+        return distance.argmin(-1).T.reshape(*z.shape[:-1], -1).to(torch.uint8)
+
+    def loss(self, z: Float[Tensor, "... d"], detach: bool = False) -> Float[Tensor, ""]:
+        """MSE(soft, hard) + MSE(z, hard): a soft centroid by inverse distances, and the nearest codeword; the code is a constant.
+
+        Args:
+            detach: keep the gradient from the vectors themselves.
+        """
+        parts, distance = self._distances(z.detach() if detach else z)
+        weight = (-distance.clamp_min(1e-5).log()).softmax(-1)  # 1 / distance, normalised
+        soft = weight @ self.codebook
+        hard = torch.gather(self.codebook, 1, distance.argmin(-1, keepdim=True).expand_as(parts))
+        return nn.functional.mse_loss(soft, hard) + nn.functional.mse_loss(parts, hard)
+
+
+def kept_counts(visible: Bool[Tensor, "B t"], queries: int, keep: int, keep_per: Keep) -> Int64[Tensor, "B n"]:
+    """How many keys each query keeps: ceil(n / keep) of the sequence's own tokens, or of those up to the query; none where it is padding."""
+    seen = visible.cumsum(-1)
+    base = seen[:, -1:].expand_as(seen) if keep_per == "sequence" else seen
+    return torch.minimum(-(-base // keep), seen).masked_fill(~visible, 0)[:, -queries:]
+
+
+@torch.no_grad()
+def lookup(
+    q_codes: UInt8[Tensor, "B H n M"],
+    k_codes: UInt8[Tensor, "B G t M"],
+    keep: int = 8,
+    causal: bool = True,
+    key_mask: Tensor | None = None,
+    *,
+    keep_per: Keep = "sequence",
+    tie: Tie = "recent",
+    window: int | None = None,
+) -> CSR:
+    """The keys with the most agreeing codes for each query, exactly, without a tensor of n x t.
+
+    Args:
+        q_codes, k_codes: of H query heads and G key heads (H is a multiple of G); the last n of t positions are the queries'.
+        keep: one in so many keys is kept, rounded up; fewer where fewer are visible.
+        causal: a query sees keys up to its own position; False lets it see all.
+        key_mask: [B, t], false for padding, which is never kept and keeps nothing.
+        keep_per: "sequence" counts all of the sequence's tokens, "row" those that the query sees, as writing with a cache does.
+        tie: of keys that agree as much, the "recent" ones or the "early" ones.
+        window: a query sees no key farther back than so many.
+
+    Raises:
+        ValueError: keep below 1, no tokens, codes or a mask of shapes that do not fit.
+    """
+    from fewer.language.spt.kernels import each_of, select_keys
+
+    check_whole(keep=keep)
+    check_choice(get_args(Keep), keep_per=keep_per)
+    check_choice(get_args(Tie), tie=tie)
+    batch, heads, queries, subspaces = q_codes.shape
+    groups, keys = k_codes.shape[1:3]
+    if not queries or keys < queries or heads % groups or k_codes.shape[3] != subspaces or len(k_codes) != batch:
+        raise ValueError(
+            f"q_codes are {tuple(q_codes.shape)} and k_codes {tuple(k_codes.shape)}; expected [B, H, n, M] and [B, G, t, M] with 1 <= n <= t "
+            "and H a multiple of G"
+        )
+    visible = torch.ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask.bool().cpu()
+    if visible.shape != (batch, keys):
+        raise ValueError(f"key_mask is {tuple(visible.shape)}; expected [{batch}, {keys}]: one value for each key")
+    place = torch.arange(keys - queries, keys)
+    last = place if causal else torch.full_like(place, keys - 1)
+    first = torch.zeros_like(place) if window is None else (place - window + 1).clamp_min(0)
+    wanted = kept_counts(visible, queries, keep, keep_per)
+    if window is not None or not causal:
+        before = nn.functional.pad(visible.cumsum(-1), (1, 0))
+        seen = (before[:, last + 1] - before[:, first]) * visible[:, -queries:]
+        wanted = -(-seen // keep) if keep_per == "row" or not causal else torch.minimum(wanted, seen)
+    indptr = nn.functional.pad(wanted[:, None].expand(-1, heads, -1).reshape(-1).cumsum(0), (1, 0))
+    indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
+    q, k, seen_keys = (each.contiguous().cpu().numpy() for each in (q_codes, k_codes, visible))
+
+    def one(b: int, h: int) -> None:
+        at = (b * heads + h) * queries
+        select_keys(
+            q[b, h], k[b, h * groups // heads], seen_keys[b], first.numpy(), last.numpy(), wanted[b].numpy(), tie == "recent",
+            indptr[at : at + queries + 1].clone().numpy(), indices.numpy(),
+        )  # fmt: skip
+
+    each_of(functools.partial(one, b, h) for b in range(batch) for h in range(heads))
+    return CSR(indptr, indices, (batch, heads, queries))

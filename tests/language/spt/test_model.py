@@ -1,0 +1,192 @@
+"""Converted models in their host: forward, generate, padding, training, saving."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fewer.language.spt.model import SPTConfig, SPTModel, get_spt_model
+from fewer.language.spt.peers import chosen_by, true_keys
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
+}  # fmt: skip
+OPT: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 32, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32,
+    "max_position_embeddings": 64, "pad_token_id": 0, "dropout": 0.0, "init_std": 0.3,
+}  # fmt: skip
+MADE: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+}
+IDS = torch.randint(3, 40, (3, 19), generator=torch.Generator().manual_seed(1))
+
+
+def base(family: str = "llama") -> Any:
+    torch.manual_seed(0)
+    return MADE[family]().eval()
+
+
+def make(family: str = "llama", **words: Any) -> Any:
+    model = base(family)
+    torch.manual_seed(1)
+    return get_spt_model(model, SPTConfig(**{"lora_r": 3} | words)).eval()
+
+
+@pytest.mark.parametrize("family", list(MADE))
+def test_at_its_limit_a_converted_model_is_the_dense_one(family: str) -> None:
+    model = make(family, ffn_active=4, attention_keep=1, clamp=None)
+    with torch.no_grad():
+        for network in model.networks:
+            network.router.linear.weight.zero_()
+            network.router.linear.bias.zero_()
+    dense = base(family)
+    torch.testing.assert_close(model(input_ids=IDS).logits, dense(IDS).logits, atol=1e-4, rtol=1e-4)
+    words: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.generate(input_ids=IDS, **words), dense.generate(IDS, **words))
+
+
+@pytest.mark.parametrize("family", list(MADE))
+def test_only_adapters_routers_and_code_books_train_and_the_loss_falls(family: str) -> None:
+    model = make(family).train()
+    frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name.rsplit(".", 2)[-2] for name, _ in model.trained()} <= {
+        "default",
+        "linear",
+        "quantizer",
+        "lora_embedding_A",
+        "lora_embedding_B",
+    }
+    optimizer = torch.optim.AdamW([parameter for _, parameter in model.trained()], lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert all(parameter.grad is not None for _, parameter in model.trained())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in frozen.items())
+
+
+def test_the_auxiliary_loss_is_in_the_training_loss_alone() -> None:
+    model = make(balance_weight=0.1)
+    plain = model(input_ids=IDS, labels=IDS).loss
+    trained = model.train()(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(trained, plain + model.auxiliary_loss())
+    assert model.auxiliary_loss() > 0
+
+
+def test_a_later_token_changes_nothing_before_it() -> None:
+    model, changed = make(), IDS.clone()
+    changed[:, 12] = 5
+    assert torch.equal(model(input_ids=IDS).logits[:, :12], model(input_ids=changed).logits[:, :12])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+def test_writing_with_a_cache_is_reading_at_once_where_rows_keep_their_own_share(family: str) -> None:
+    model = make(family, keep_per="row")
+    whole = model(input_ids=IDS).logits
+    out = model(input_ids=IDS[:, :6], use_cache=True)
+    pieces = [out.logits]
+    for token in range(6, IDS.shape[1]):
+        out = model(input_ids=IDS[:, token : token + 1], cache=out.cache, use_cache=True)
+        pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_left_padding_changes_no_row(family: str) -> None:
+    model = make(family)
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[0, :7], mask[0, :7] = 0, 0
+    words: dict[str, Any] = {} if family == "opt" else {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    together = model(input_ids=ids, attention_mask=mask, **words).logits
+    torch.testing.assert_close(together[0, 7:], model(input_ids=IDS[:1, 7:]).logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together[1], model(input_ids=IDS[1:2]).logits[0], atol=1e-4, rtol=1e-4)
+    written = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    alone = model.generate(input_ids=IDS[:1, 7:], attention_mask=mask[:1, 7:], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(written[0, 7:], alone[0])
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    model = make().train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.SGD([parameter for _, parameter in model.trained()], lr=0.1).step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = SPTModel.from_pretrained(base(), tmp_path / "adapter")
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    other = base()
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="is an adapter of another base model"):
+        SPTModel.from_pretrained(other, tmp_path / "adapter")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(copy.deepcopy(model)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_stats_tell_loads_recall_mass_and_bytes() -> None:
+    model = make()
+    model(input_ids=IDS)
+    stats = model.stats()
+    assert len(stats) == 2
+    assert all(sum(each.load) == pytest.approx(2) and 0 < each.recall <= 1 and 0 < each.mass < 1 for each in stats)
+    kept = sum(min(3, i + 1) for i in range(19)) * 4 * 3
+    assert stats[0].stored_bytes == kept * 8
+    with chosen_by(model, true_keys):
+        assert all(each.recall > 0.99 for each in model.stats())
+
+
+def test_what_cannot_be_converted_is_refused() -> None:
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is of no known family"):
+        get_spt_model(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)))
+    with pytest.raises(ValueError, match="has 24 channels and ffn_blocks is 5"):
+        make(ffn_blocks=5)
+    with pytest.raises(ValueError, match="a head has 8 numbers and codeword_dim is 3"):
+        make(codeword_dim=3)
+    quantised = base()
+    quantised.model.layers[1].mlp.up_proj = torch.ao.nn.quantized.dynamic.Linear(32, 24)
+    with pytest.raises(ValueError, match="load the model without quantisation"):
+        get_spt_model(quantised)
+    with pytest.raises(RuntimeError, match="no dense model to merge into"):
+        make().merge_and_unload()
+    with pytest.raises(ValueError, match="no pass went before"):
+        make().stats()
+    model = make()
+    with torch.no_grad():
+        model.plain.model.layers[1].self_attn.q_proj.base_layer.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="queries or keys of layer 1 are not finite"):
+        model(input_ids=IDS)
+    foreign = base()
+    foreign.set_attn_implementation("spt")
+    with pytest.raises(NotImplementedError, match="LlamaAttention is no causal self-attention with a code book"):
+        foreign(IDS)
+    for words, message in (
+        ({"attention_keep": 0}, "attention_keep is 0"),
+        ({"ffn_active": 5}, "ffn_active is 5"),
+        ({"codewords": 300}, "at most 256"),
+        ({"clamp": -1.0}, "clamp is -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SPTConfig(**words)  # pyright: ignore[reportArgumentType]
