@@ -42,9 +42,9 @@ def ffs_accuracy(a: float, len_correct: Normal, len_wrong: Normal, n: int) -> fl
 
     Examples:
         >>> f"{ffs_accuracy(0.6, (100.0, 20.0), (150.0, 20.0), n=4):.3f}"  # wrong ones are longer
-        '0.945'
+        '0.953'
         >>> f"{ffs_accuracy(0.6, (100.0, 5.0), (110.0, 40.0), n=8):.3f}"  # wrong ones are longer, but spread wider
-        '0.128'
+        '0.303'
     """
     check_share(a=a)
     check_whole(n=n)
