@@ -123,7 +123,7 @@ def test_a_diagnosis_warns_where_accuracy_falls_with_n():
         assert diagnosis.replayed[n] == pytest.approx(replay(table, n).ffs.accuracy)
         assert diagnosis.replayed[n] == pytest.approx(diagnosis.predicted[n], abs=0.05)
     assert diagnosis.by_decile[0] < 0.7 < 0.85 < diagnosis.by_decile[5]
-    assert "75" in str(diagnosis)
+    assert f"{diagnosis.a:.1%}" in str(diagnosis)
     assert pickle.loads(pickle.dumps(diagnosis)).a == copy.deepcopy(diagnosis).a
 
 

@@ -147,7 +147,9 @@ def test_weights_of_other_experts_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_papers_sizes_are_configs() -> None:
     assert [MoEPlusPlusConfig(**dict[str, Any](words)).num_ffn_experts for words in PRESETS.values()] == [8, 16, 32, 16]  # pyright: ignore[reportCallIssue]
-    assert MoEPlusPlusConfig(num_ffn_experts=16, hidden_size=8, intermediate_size=8).mixture(1).num_constant == 2  # 16 // 4 - 1 - 1
+    assert (
+        MoEPlusPlusConfig(num_ffn_experts=16, hidden_size=8, intermediate_size=8, num_attention_heads=2).mixture(1).num_constant == 2
+    )  # 16 // 4 - 1 - 1
 
 
 # The released layout

@@ -155,7 +155,8 @@ def unfactorize(model: Any) -> Any:
     if not kind.startswith(PREFIX):
         raise ValueError(f"{type(model).__name__} is not factorised; expected what factorize or load_directory gave")
     factor_config, factor_model = FAMILIES[kind.removeprefix(PREFIX)]
-    plain_config, plain_model = factor_config.__mro__[1], factor_model.__mro__[2]
+    plain_config: Any = factor_config.__mro__[1]
+    plain_model: Any = factor_model.__mro__[2]
     with torch.device("meta"):
         plain = plain_model(_config(model.config, plain_config))
     for number in model.config.factor_layers:

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def _train(addends: int, flipped: bool, folder: Path) -> None:
         taken, right = taken + RECIPE["look_every"], shares_right(average.module, tokenizer, addends)
     if not steps and not learnt(right):
         raise WorkFailed(f"after {taken} steps the small reasoner gets {right[1]:.0%} of its sums right; expected more: try fewer addends")
-    average.module.save_pretrained(folder)
+    cast(Any, average.module).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "train.json").write_text(json.dumps({"steps": taken, "right": right, "recipe": RECIPE}, indent=1))
 

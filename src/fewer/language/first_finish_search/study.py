@@ -161,7 +161,7 @@ def right(results: Sequence[FFSResult], pairs: Pairs) -> np.ndarray:
 def log_results(trial: Trial, results: Sequence[FFSResult], pairs: Pairs, **at: Any) -> None:
     trial.log("accuracy", right(results, pairs).mean(), **at)
     for figure in ("sequential_tokens", "total_tokens", "prefill_tokens"):
-        trial.log(figure, np.mean([getattr(result, figure) for result in results]), **at)
+        trial.log(figure, float(np.mean([getattr(result, figure) for result in results])), **at)
 
 
 Way = Callable[[Racers, Pairs], list[FFSResult]]

@@ -113,11 +113,11 @@ def diagnose(traces: Sequence[Sequence[int]], correct: Sequence[Sequence[bool]])
     It warns (`warnings.warn`, and in the diagnosis) where the predicted or the replayed accuracy falls as n grows.
     """
     lengths, right = _arrays(traces, correct)
-    laws = [_normal(lengths[right]), _normal(lengths[~right])]
+    right_law, wrong_law = _normal(lengths[right]), _normal(lengths[~right])
     share = float(right.mean())
     predicted = {}
-    if laws[0] and laws[1]:
-        predicted = {n: ffs_accuracy(share, laws[0], laws[1], n) for n in PREDICTED}
+    if right_law and wrong_law:
+        predicted = {n: ffs_accuracy(share, right_law, wrong_law, n) for n in PREDICTED}
     replayed = {n: _first_is_right(lengths, right, n) for n in range(1, lengths.shape[1] + 1)}
     told = []
     for name, curve in (("predicted from pooled lengths", predicted), ("replayed from the traces", replayed)):
@@ -130,7 +130,7 @@ def diagnose(traces: Sequence[Sequence[int]], correct: Sequence[Sequence[bool]])
             )
     for each in told:
         warnings.warn(each, stacklevel=2)
-    return Diagnosis(share, *laws, _by_decile(lengths, right), predicted, replayed, tuple(told))
+    return Diagnosis(share, right_law, wrong_law, _by_decile(lengths, right), predicted, replayed, tuple(told))
 
 
 def _arrays(traces: Any, correct: Any) -> tuple[Float[np.ndarray, "P N"], Bool[np.ndarray, "P N"]]:

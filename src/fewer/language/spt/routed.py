@@ -142,8 +142,8 @@ class RoutedFFN(_Routed):
         act: Callable[[Tensor], Tensor] = F.relu,
         balance_weight: float = 0.0,
     ) -> None:
-        weight = map_of(up).weight
-        super().__init__(*weight.shape, blocks, active, act, balance_weight)
+        channels, hidden_size = map_of(up).weight.shape
+        super().__init__(channels, hidden_size, blocks, active, act, balance_weight)
         self.up, self.down = up, down
 
     def _maps(self, rows: Tensor) -> list[tuple[Map, Tensor | None]]:
@@ -171,8 +171,8 @@ class RoutedGatedFFN(_Routed):
         act: Callable[[Tensor], Tensor] = F.silu,
         balance_weight: float = 0.0,
     ) -> None:
-        weight = map_of(up).weight
-        super().__init__(*weight.shape, blocks, active, act, balance_weight)
+        channels, hidden_size = map_of(up).weight.shape
+        super().__init__(channels, hidden_size, blocks, active, act, balance_weight)
         self.gate, self.up, self.down = gate, up, down
 
     def _maps(self, rows: Tensor) -> list[tuple[Map, Tensor | None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -64,7 +64,7 @@ class Batch:
         columns = int(self.lengths.max())
         if columns < self.mask.shape[1]:
             self.mask = self.mask[:, -columns:]
-            for layer in self.cache.layers:
+            for layer in cast(Any, self.cache).layers:
                 _set(layer, layer.keys[:, :, -columns:], layer.values[:, :, -columns:], columns)
         self.padded = bool((self.lengths < columns).any())
 
@@ -72,7 +72,7 @@ class Batch:
         """Other rows of the same model, below these."""
         columns = max(self.mask.shape[1], other.mask.shape[1])
         self.padded = self.padded or other.padded or self.mask.shape[1] != other.mask.shape[1]
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        for mine, theirs in zip(cast(Any, self.cache).layers, cast(Any, other.cache).layers, strict=True):
             # a sliding window's layer keeps the last columns alone, in both batches counted from the right end
             width = max(mine.keys.shape[2], theirs.keys.shape[2])
             keys, values = (

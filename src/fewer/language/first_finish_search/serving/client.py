@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fewer.checks import check_choice, check_not_negative, check_positive, check_whole
 from fewer.errors import WorkFailed, require
@@ -214,7 +214,7 @@ class AsyncFFS:
         for attempt in range(self.max_retries + 1):
             stream = streams[row] = Stream()
             try:
-                async with contextlib.aclosing(self._chunks(url, body)) as chunks:
+                async with contextlib.aclosing(cast(Any, self._chunks(url, body))) as chunks:
                     async for chunk in chunks:
                         stream.take(chunk)
                 if not stream.reason:

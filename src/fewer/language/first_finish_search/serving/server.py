@@ -111,7 +111,8 @@ class Server:
             prompt = body["messages"] if chat else body["prompt"]
         given = {name: body[name] for name in SAMPLING if body.get(name) is not None}
         stop = body.get("stop") or ()
-        config = RaceConfig(n=1, max_new_tokens=body.get("max_tokens"), stop_strings=stop, **{"temperature": 1.0, "top_p": 1.0} | given)
+        words: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0} | given
+        config = RaceConfig(n=1, max_new_tokens=body.get("max_tokens"), stop_strings=stop, **words)
         (ids,) = token_rows(prompt, self.tokenizer)
         ends = ends_of(self.model, self.tokenizer, config)
         return Race(ids, config, ends, longest=room(self.model, len(ids), config)), chat
