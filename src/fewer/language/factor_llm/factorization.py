@@ -169,7 +169,7 @@ def unfactorize(model: Any) -> Any:
 def _filled(plain: Any, experts: FactorizedMLP) -> nn.Module:
     """A plain feed-forward network with the experts' neurons, each in its place."""
     plain = plain.to_empty(device=experts.down.device).to(experts.down.dtype).train(experts.training)
-    ids = experts.expert_ids.flatten()
+    ids = cast(Tensor, experts.expert_ids).flatten()
     gate, up = (part.flatten(0, 1) for part in experts.gate_up.chunk(2, dim=1))
     plain.gate_proj.weight[ids] = gate
     plain.up_proj.weight[ids] = up
