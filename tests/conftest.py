@@ -65,7 +65,6 @@ MORE = {  # methods that take more, each with its reason; to be brought down
     "diffusion/dpm_solver_v3": 35.0,  # diffusers' own pipelines
     "forward_only/backprop_free_mlps": 40.0,  # three trainers and their twins
     "language/s2ft": 45.0,  # adapters of nine states in four dtypes
-    "language/zo2": 30.0,  # steps that must agree to the bit, tied and untied, in every store
     "signals/spright": 45.0,  # recoveries over many seeds
 }
 REFERENCE = 0.03  # processor seconds of `yardstick` on that machine

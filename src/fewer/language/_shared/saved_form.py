@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -43,7 +44,18 @@ def take_own_widths(model: nn.Module) -> None:
     size: Any = widths
     if len(set(widths)) == 1:
         size, config_class, model_class = widths[0], config_class.__mro__[1], model_class.__mro__[2]
-    made = _config(config, config_class, size)
+    become(model, config_class, model_class, intermediate_size=size)
+
+
+def become(model: nn.Module, config_class: Any, model_class: Any, *, without: Collection[str] = (), **words: Any) -> None:
+    """Give a model another class, in place, and the config that goes with it wherever it is held.
+
+    Args:
+        without: settings that the new config does not know.
+        words: settings that are other, or new.
+    """
+    config = cast(Any, model).config
+    made = in_class(config, config_class, without=without, **words)
     for module in model.modules():
         if getattr(module, "config", None) is config:
             cast(Any, module).config = made
@@ -56,7 +68,7 @@ def padded(model: nn.Module) -> Any:
     config: Any = cast(Any, model).config
     width = max(width_of(layer) for layer in decoder_layers(model))
     with torch.no_grad():
-        filled = plain(_config(config, plain.config_class, width)).to(next(model.parameters()).dtype)
+        filled = plain(in_class(config, plain.config_class, intermediate_size=width)).to(next(model.parameters()).dtype)
         for layer in decoder_layers(filled):
             for linear in parts_of(layer):
                 for parameter in linear.parameters():
@@ -68,9 +80,9 @@ def padded(model: nn.Module) -> Any:
     return filled.eval()
 
 
-def _config(config: Any, into: Any, intermediate_size: int | list[int]) -> Any:
-    """The same settings in another config class."""
-    words = {name: value for name, value in config.to_dict().items() if name not in NOT_COPIED}
-    made = into(**words | {"intermediate_size": intermediate_size})
+def in_class(config: Any, into: Any, *, without: Collection[str] = (), **words: Any) -> Any:
+    """The same settings in another config class (see `become`)."""
+    kept = {name: value for name, value in config.to_dict().items() if name not in (*NOT_COPIED, *without)}
+    made = into(**kept | words)
     made._attn_implementation = config._attn_implementation
     return made

@@ -5,7 +5,6 @@ Source: FactorLLM, arXiv 2408.11855: one permutation of a network's neurons, N e
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 
 from fewer.checks import check_choice, check_whole
 from fewer.language._shared.feed_forward import decoder_layers, parts_of
+from fewer.language._shared.saved_form import become, in_class
 from fewer.language.factor_llm.model import FAMILIES, PREFIX, FactorizedMLP
 
 Partition = Literal["contiguous", "random", "cluster"]
+OWN = ("num_experts", "top_k", "factor_layers")  # settings that the plain config does not know
 ROUNDS = 20  # of balanced k-means
 
 
@@ -56,7 +57,7 @@ def factorize(
         gate, up, down = parts_of(found[number])
         made = _experts(gate, up, down, groups_of(gate.weight.detach(), num_experts, partition, draw), top_k, model.config.hidden_act, draw)
         found[number].mlp = made.train(model.training)
-    _become(model, FAMILIES[model.config.model_type], num_experts=num_experts, top_k=top_k, factor_layers=numbers)
+    become(model, *FAMILIES[model.config.model_type], num_experts=num_experts, top_k=top_k, factor_layers=numbers)
     return model
 
 
@@ -158,11 +159,11 @@ def unfactorize(model: Any) -> Any:
     plain_config: Any = factor_config.__mro__[1]
     plain_model: Any = factor_model.__mro__[2]
     with torch.device("meta"):
-        plain = plain_model(_config(model.config, plain_config))
+        plain = plain_model(in_class(model.config, plain_config, without=OWN))
     for number in model.config.factor_layers:
         layer = model.model.layers[number]
         layer.mlp = _filled(plain.model.layers[number].mlp, cast(FactorizedMLP, layer.mlp))
-    _become(model, (plain_config, plain_model))
+    become(model, plain_config, plain_model, without=OWN)
     return model
 
 
@@ -175,23 +176,3 @@ def _filled(plain: Any, experts: FactorizedMLP) -> nn.Module:
     plain.up_proj.weight[ids] = up
     plain.down_proj.weight[:, ids] = experts.down.transpose(0, 1).flatten(1)
     return plain.requires_grad_(experts.down.requires_grad)
-
-
-def _become(model: Any, family: tuple[type, type], **words: Any) -> None:
-    """Give a model another class of its family, and the config that goes with it, wherever it is held."""
-    config, made = model.config, _config(model.config, family[0], **words)
-    for module in model.modules():
-        if getattr(module, "config", None) is config:
-            module.config = made
-    model.__class__ = family[1]
-
-
-def _config(config: Any, kind: type, **words: Any) -> Any:
-    own = {
-        name: value for name, value in copy.deepcopy(config).to_dict().items() if name not in ("model_type", "architectures", "auto_map")
-    }
-    for name in ("num_experts", "top_k", "factor_layers"):
-        own.pop(name, None)
-    made: Any = kind(**own | words)
-    made._attn_implementation = config._attn_implementation
-    return made

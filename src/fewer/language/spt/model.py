@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from fewer.checks import check_choice, check_not_negative, check_whole
 from fewer.errors import require
 from fewer.files import made_whole, model_digest, read_json, read_weights
-from fewer.fitting import fit_steps
+from fewer.fitting import evaluating, fit_steps
 from fewer.language._shared.structure import structure_of
 from fewer.language.spt.attention import sparse_attention
 from fewer.language.spt.quantizer import CSR, Keep, ProductQuantizer, Tie, lookup
@@ -237,37 +237,31 @@ class SPTModel(nn.Module):
         """Block loads, recall of the true top keys, kept attention mass and stored bytes of each layer, for the last pass' input."""
         if not self._last:
             raise ValueError("no pass went before; expected one, whose input is looked at")
-        for each in self.attentions:
-            each.watched = []
-        was_training = self.training
-        try:
-            self.eval().base_model(
-                **{name: value for name, value in self._last.items() if name in ("input_ids", "attention_mask")}, use_cache=False
-            )
-            seen = [each.watched[0] if each.watched else None for each in self.attentions]
-        finally:
-            self.train(was_training)
-            for each in self.attentions:
-                each.watched = None
+        words = {name: value for name, value in self._last.items() if name in ("input_ids", "attention_mask")}
+        seen = self._watched(**words)
         found = []
         for number in self.structure.layers:
             load = cast(Tensor, self.networks[number].load).tolist() if self.networks else []
-            watched = seen[number] if seen else None
-            recall, mass = recall_and_mass(*watched) if watched else (1.0, 1.0)
+            recall, mass = recall_and_mass(*seen[number]) if seen else (1.0, 1.0)
             found.append(LayerStats(load, recall, mass, self.attentions[number].stored_bytes if seen else 0))
         return found
 
-    def train_code_books(self, ids: Tensor, steps: int = 200, lr: float = 3e-2) -> None:
-        """Train the code books alone on the queries and keys of some windows [B, T]: random ones hardly move in a short tuning."""
+    @torch.no_grad()
+    def _watched(self, **words: Any) -> list[tuple[Tensor, Tensor, CSR]]:
+        """(q, k, csr) of each sparse attention in a pass in eval mode."""
         for each in self.attentions:
             each.watched = []
-        was_training = self.training
-        with torch.no_grad():
-            self.eval().base_model(input_ids=ids, use_cache=False)
-        self.train(was_training)
-        for each in self.attentions:
-            q, k, _ = cast(Any, each.watched)[0]
-            each.watched = None
+        try:
+            with evaluating(self):
+                self.base_model(**words, use_cache=False)
+            return [cast(Any, each.watched)[0] for each in self.attentions]
+        finally:
+            for each in self.attentions:
+                each.watched = None
+
+    def train_code_books(self, ids: Tensor, steps: int = 200, lr: float = 3e-2) -> None:
+        """Train the code books alone on the queries and keys of some windows [B, T]: random ones hardly move in a short tuning."""
+        for each, (q, k, _) in zip(self.attentions, self._watched(input_ids=ids), strict=True):
             loss_of = lambda q, k, quantizer=each.quantizer: quantizer.loss(q) + quantizer.loss(k)  # noqa: E731
             fit_steps(torch.optim.Adam(each.quantizer.parameters(), lr=lr), loss_of, [(q, k)], steps)
 

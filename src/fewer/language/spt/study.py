@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewer.data import load_state_of_the_union
-from fewer.fitting import fit_steps
+from fewer.fitting import evaluating, fit_steps
 from fewer.language._shared.model_directory import load_directory, load_tokenizer
 from fewer.language._shared.timing import one_thread
 from fewer.language._shared.trained import DATA_HELP, corpus_of_pairs
@@ -147,11 +147,9 @@ def tune(task: Task, trial: Trial, attention: str, ffn: bool, keys: str) -> None
 
 def mean_recall(model: SPTModel, ids: Tensor) -> tuple[float, float]:
     """(recall, kept mass), means over layers, on a window."""
-    was_training = model.training
-    with torch.no_grad():
-        model.eval()(input_ids=ids)
+    with torch.no_grad(), evaluating(model):
+        model(input_ids=ids)
     stats = model.stats()
-    model.train(was_training)
     return sum(each.recall for each in stats) / len(stats), sum(each.mass for each in stats) / len(stats)
 
 
