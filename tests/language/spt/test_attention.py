@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewer.language.spt.attention import sparse_attention
-from fewer.language.spt.model import recall_and_mass
 from fewer.language.spt.peers import newest_keys, true_keys
-from fewer.language.spt.quantizer import CSR, ProductQuantizer, lookup
+from fewer.language.spt.quantizer import CSR, ProductQuantizer, lookup, recall_and_mass
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -204,8 +203,8 @@ def test_equal_vectors_give_the_mean_of_the_kept_values() -> None:
 
 @pytest.mark.parametrize("clamp", [10.0, 0.4, None])
 def test_gradients_are_those_of_the_kept_entries_and_nothing_goes_through_a_clamped_score(clamp: float | None) -> None:
-    q, k, v = (draw(2, h, 9, 4, seed=seed, dtype=torch.float64).requires_grad_() for seed, h in enumerate((4, 2, 2)))
-    csr = random_csr(9, 9, (4, 2), 3)
+    q, k, v = (draw(2, h, 6, 3, seed=seed, dtype=torch.float64).requires_grad_() for seed, h in enumerate((4, 2, 2)))
+    csr = random_csr(6, 6, (4, 2), 2)
     torch.testing.assert_close(sparse_attention(q, k, v, csr, clamp), plain(q, k, v, csr, clamp), atol=1e-12, rtol=0)
     assert torch.autograd.gradcheck(lambda *each: sparse_attention(*each, csr, clamp), (q, k, v))
     ours, theirs = (
@@ -266,10 +265,8 @@ def test_nothing_of_n_by_n_lives_in_a_pass_and_what_is_kept_is_values_and_indice
             out = sparse_attention(q, k, v, csr)
         out.sum().backward()
     assert largest[0] < 0.3 * n * n * heads * 4
-    own = [each for each in saved if each.shape[-1:] != (16,)]
-    stored = sum(each.nbytes for each in own) + csr.indices.nbytes
-    kept = sum(min(n // 8, i + 1) for i in range(n)) * heads
-    assert stored == pytest.approx(kept * 8, rel=0.1)
+    stored = sum(each.nbytes for each in saved if each.shape[-1:] != (16,))
+    assert stored == pytest.approx(n * (n // 8) * heads * (4 + 2), rel=0.1)  # a value and an index
 
 
 def test_other_ways_to_choose_keep_as_many() -> None:
@@ -291,6 +288,7 @@ BAD: list[tuple[Any, str]] = [
         lambda: lookup(*(torch.zeros(1, 1, 4, 1, dtype=torch.uint8),) * 2, key_mask=torch.ones(1, 3)),
         r"key_mask is \(1, 3\); expected \[1, 4\]",
     ),
+    (lambda: lookup(*(torch.zeros(1, 1, 4, 128, dtype=torch.uint8),) * 2), "a code has 128 numbers; expected at most 127"),
     (lambda: sparse_attention(*(torch.zeros(1, 1, 4, 2),) * 3, random_csr(4, 4, (2, 2), 1)), "the kept keys are of"),
     (
         lambda: sparse_attention(*(torch.zeros(2, 2, 4, 2),) * 3, random_csr(4, 4, (2, 2), 1), clamp=0.0),

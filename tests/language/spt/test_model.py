@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,67 @@ def test_stats_tell_loads_recall_mass_and_bytes() -> None:
     assert len(stats) == 2
     assert all(sum(each.load) == pytest.approx(2) and 0 < each.recall <= 1 and 0 < each.mass < 1 for each in stats)
     kept = sum(min(3, i + 1) for i in range(19)) * 4 * 3
-    assert stats[0].stored_bytes == kept * 8
+    assert stats[0].stored_bytes == kept * (4 + 2)
     with chosen_by(model, true_keys):
         assert all(each.recall > 0.99 for each in model.stats())
+
+
+def test_of_a_padded_row_stats_look_at_its_own_tokens_alone() -> None:
+    model, mask = make("mistral"), torch.ones_like(IDS)
+    mask[:, :7] = 0
+    words = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    padded, alone = model.stats(input_ids=IDS, **words), model.stats(input_ids=IDS[:, 7:])
+    for one, two in zip(padded, alone, strict=True):
+        assert (one.recall, one.mass, one.stored_bytes) == pytest.approx((two.recall, two.mass, two.stored_bytes), abs=1e-5)
+    with chosen_by(model, true_keys):
+        assert all(each.recall == 1 for each in model.stats(input_ids=IDS, **words))
+
+
+def test_what_the_mask_cannot_say_is_refused() -> None:
+    model = make()
+    with pytest.raises(NotImplementedError, match="this mask is more than causal .*position_ids that begin anew"):
+        model(input_ids=IDS, position_ids=torch.cat([torch.arange(9), torch.arange(10)]).expand(3, -1), use_cache=False)
+    with pytest.raises(NotImplementedError, match="a cache of fixed length .* expected one that grows"):
+        model.generate(input_ids=IDS, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    with pytest.raises(ValueError, match=r"key_mask is .* expected \[3, 19\]"):
+        model(input_ids=IDS, attention_mask=torch.zeros(3, 1, 19, 19))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_of_another_type_trains_and_answers_in_its_precision(dtype: torch.dtype) -> None:
+    expected = make(ffn_active=4, attention_keep=1)  # no choice that rounding may turn
+    model = copy.deepcopy(expected).to(dtype)
+    out = model.train()(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for _, parameter in model.trained())
+    exact = expected(input_ids=IDS).logits
+    error = (out.logits.float() - exact).norm() / exact.norm()
+    assert out.logits.dtype == dtype
+    assert error < max(20 * torch.finfo(dtype).eps, 1e-5)
+
+
+def test_autocast_and_checkpoints_give_the_same_gradients() -> None:
+    grads = []
+    for way in ("plain", "autocast", "checkpoints"):
+        model = make("opt", ffn_active=4, attention_keep=1).train()
+        if way == "checkpoints":
+            model.plain.gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        grads.append(torch.cat([parameter.grad.flatten() for _, parameter in model.trained()]))
+    assert torch.allclose(grads[0], grads[2], atol=1e-6)
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 0.05
+
+
+def test_the_dense_networks_dropout_goes_and_copies_answer_alike() -> None:
+    torch.manual_seed(0)
+    model = get_spt_model(OPTForCausalLM(OPTConfig(**OPT | {"dropout": 0.5})), SPTConfig(lora_r=3)).train()
+    assert torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    model(input_ids=IDS, labels=IDS)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.eval()(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+        twin.load_state_dict(model.state_dict())
 
 
 def test_what_cannot_be_converted_is_refused() -> None:

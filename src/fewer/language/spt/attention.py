@@ -65,22 +65,23 @@ class _Attention(torch.autograd.Function):
             run(*_arrays(q[b, h], k[b, g], v[b, g]), indptr, indices, scale, clamp, *_arrays(out[b, h], weights[part]))
 
         kernels.each_of(functools.partial(one, b, h) for b in range(len(q)) for h in range(q.shape[1]))
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.csr, ctx.scale = csr, scale
+        ctx.save_for_backward(q, k, v, weights, csr.indptr, csr.indices)
+        ctx.heads, ctx.scale = csr.heads, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         from fewer.language.spt import kernels
 
-        q, k, v, weights = ctx.saved_tensors
+        q, k, v, weights, *kept = ctx.saved_tensors
+        csr = CSR(*kept, ctx.heads)
         run: Any = kernels.attend_backward
         grad, share = grad.contiguous(), q.shape[1] // k.shape[1]
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
         def one(b: int, g: int) -> None:
             for h in range(g * share, (g + 1) * share):
-                indptr, indices, part = _of_head(ctx.csr, b, h)
+                indptr, indices, part = _of_head(csr, b, h)
                 run(
                     *_arrays(q[b, h], k[b, g], v[b, g]), indptr, indices, ctx.scale,
                     *_arrays(weights[part], grad[b, h], dq[b, h], dk[b, g], dv[b, g]),

@@ -42,7 +42,6 @@ def train(
     import torch
 
     from fewer.files import check_new
-    from fewer.fitting import fit_steps
     from fewer.language._shared.model_directory import load_directory
     from fewer.language.spt.model import SPTConfig, get_spt_model
     from fewer.tasks.language_corpus import read_texts, token_stream
@@ -56,17 +55,14 @@ def train(
     torch.manual_seed(seed)
     made = get_spt_model(model, SPTConfig(lora_r=rank, attention_keep=keep, ffn_active=active))
     windows = (draw_windows(tokens, batch, window, torch.Generator().manual_seed(seed * 1_000_003 + step)) for step in range(steps))
-    first = draw_windows(tokens, 1, window, torch.Generator().manual_seed(seed))
-    made.train_code_books(first)
+    made.train_code_books(draw_windows(tokens, 2, window, torch.Generator().manual_seed(seed)))
 
     def tell(step: int, loss: float) -> None:
         if not as_json and step % max(1, steps // 20) == 0:
             print(f"step {step} of {steps}: loss {loss:.3f}", file=sys.stderr)
 
-    optimizer = torch.optim.AdamW([each for _, each in made.trained()], lr=lr, weight_decay=0.1)
-    made.train()
-    losses = fit_steps(optimizer, lambda ids: made(input_ids=ids, labels=ids, use_cache=False).loss, windows, steps, clip=1.0, tell=tell)
-    made.eval().save_pretrained(out, overwrite=overwrite)
+    losses = made.fine_tune(windows, steps, lr, tell)
+    made.save_pretrained(out, overwrite=overwrite)
     if as_json:
         print(json.dumps({"out": str(out), "losses": losses}))
         return

@@ -11,46 +11,44 @@ import torch
 
 
 @numba.njit(cache=True, nogil=True)
-def select_keys(q_codes, k_codes, visible, first, last, wanted, recent, indptr, indices):  # pragma: no cover - compiled
-    """For each query the `wanted` keys of [first, last] with the most equal codes, in rising order; of equal ones the newest (or oldest).
+def select_keys(q_codes, k_codes, hidden, first, last, wanted, recent, at, indices):  # pragma: no cover - compiled
+    """For each query the `wanted` keys of [first, last] with the most equal codes, in rising order, from `indices[at]` on; of equal ones
+    the newest (or oldest).
 
-    A row of scores is all that is held beside the result. `indptr` [n + 1] is filled as rows come; `indices` has room for all.
+    Keys' codes lie by subspace [M, t], so that bytes of many keys are compared at once; a hidden key starts at 128, above every score.
     """
     queries, subspaces = q_codes.shape
-    scores = np.empty(k_codes.shape[0], np.uint8)
-    count = np.empty(subspaces + 1, np.int64)
-    at = indptr[0]
+    scores = np.empty(k_codes.shape[1], np.uint8)
     for i in range(queries):
-        count[:] = 0
-        for j in range(first[i], last[i] + 1):
-            if visible[j]:
-                same = np.uint8(0)
-                for m in range(subspaces):
-                    same += q_codes[i, m] == k_codes[j, m]
-                scores[j] = same
-                count[same] += 1
-        left, bar, fits = wanted[i], subspaces + 1, 0
+        left, bar, equal = wanted[i], subspaces + 1, 0
         if left == 0:
-            indptr[i + 1] = at
             continue
-        while bar > 0 and left > 0:  # down to the score of which not all may fit
+        row, start = scores[first[i] : last[i] + 1], first[i]
+        row[:] = hidden[first[i] : last[i] + 1]
+        for m in range(subspaces):
+            code, codes = q_codes[i, m], k_codes[m, first[i] : last[i] + 1]
+            for j in range(len(row)):
+                row[j] += np.uint8(code == codes[j])
+        while left > 0 and bar > 0:  # down to the score of which not all may fit
             bar -= 1
-            fits = min(count[bar], left)
-            left -= fits
-        passed = count[bar] - fits if recent else 0  # of that score, how many to pass over first
-        for j in range(first[i], last[i] + 1):
-            if not visible[j] or scores[j] < bar:
+            equal = 0
+            for j in range(len(row)):
+                equal += row[j] == bar
+            left -= equal
+        passed = max(0, -left) if recent else 0  # of that score, how many to pass over first
+        fits = equal - max(0, -left)
+        for j in range(len(row)):
+            if row[j] < bar or row[j] > subspaces:
                 continue
-            if scores[j] == bar:
+            if row[j] == bar:
                 if passed > 0:
                     passed -= 1
                     continue
                 if fits == 0:
                     continue
                 fits -= 1
-            indices[at] = j
+            indices[at] = start + j
             at += 1
-        indptr[i + 1] = at
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
@@ -118,6 +116,10 @@ def attend_backward(q, k, v, indptr, indices, scale, weights, grad, dq, dk, dv):
 
 def each_of(tasks: Iterable[Callable[[], None]]) -> None:
     """Run tasks that hold no lock on as many threads as torch has."""
+    if torch.get_num_threads() == 1:
+        for task in tasks:
+            task()
+        return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for done in [pool.submit(task) for task in tasks]:
             done.result()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,10 +26,12 @@ from fewer.files import made_whole, model_digest, read_json, read_weights
 from fewer.fitting import evaluating, fit_steps
 from fewer.language._shared.structure import structure_of
 from fewer.language.spt.attention import sparse_attention
-from fewer.language.spt.quantizer import CSR, Keep, ProductQuantizer, Tie, lookup
+from fewer.language.spt.quantizer import CSR, Keep, ProductQuantizer, Tie, lookup, recall_and_mass
 from fewer.language.spt.routed import RoutedFFN, RoutedGatedFFN
 
 CONFIG, WEIGHTS = "spt_config.json", "adapter.safetensors"
+INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+EPOCH = 256  # batches, after which the learning rate falls to 0.9 of itself
 
 
 @dataclass(frozen=True)
@@ -78,29 +81,32 @@ class SPTConfig:
             raise ValueError(f"clamp is {self.clamp}; expected a number above 0, or None")
 
 
+Seen = tuple[Tensor, Tensor, CSR, Tensor | None, int | None]
+
+
 class SparseAttention(nn.Module):
     """The code book of an attention layer and what it found last; attached to the layer as `spt`.
 
     Attributes:
-        watched: where it is a list, (q, k, csr) of each pass goes into it.
+        watched: where it is a list, (q, k, csr, mask, window) of each pass goes into it.
         loss: the code books' loss of the last pass in training mode.
     """
 
     def __init__(self, head_dim: int, config: SPTConfig) -> None:
         super().__init__()
         self.quantizer, self.config = ProductQuantizer(head_dim, config.codeword_dim, config.codewords), config
-        self.watched: list[tuple[Tensor, Tensor, CSR]] | None = None
+        self.watched: list[Seen] | None = None
         self.loss: Tensor | None = None
         self.stored_bytes = 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
         config = self.config
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             self.loss = self.quantizer.loss(q, config.detach) + self.quantizer.loss(k, config.detach)
         csr = self.choose(q, k, mask, window)
         self.stored_bytes = len(csr.indices) * (csr.indices.element_size() + max(4, q.element_size()))
         if self.watched is not None:
-            self.watched.append((q.detach(), k.detach(), csr))
+            self.watched.append((q.detach(), k.detach(), csr, mask, window))
         return sparse_attention(q, k, v, csr, config.clamp, scale)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,7 +122,7 @@ class SparseAttention(nn.Module):
 def spt_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **words: Any
 ) -> tuple[Tensor, None]:
-    """The attention implementation "spt" of transformers: [B, H, n, d] -> [B, n, H, d]."""
+    """The attention implementation "spt" of transformers: [B, H, n, d] -> [B, n, H, d]; attention weights have no dropout."""
     own = getattr(module, "spt", None)
     if own is None or not getattr(module, "is_causal", True):
         raise NotImplementedError(
@@ -130,8 +136,31 @@ def spt_attention(
     return own(query, key, value, attention_mask, scale, words.get("sliding_window")).transpose(1, 2).contiguous(), None
 
 
-def spt_mask(*, kv_length: int, kv_offset: int = 0, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """The mask that "spt" gets: which keys are no padding, [B, t]; which are in the past it knows itself."""
+def spt_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **_: Any,
+) -> Tensor | None:
+    """The mask that "spt" gets: which keys are no padding, [B, t]; which are in the past it knows itself.
+
+    Raises:
+        NotImplementedError: a mask that is more than causal (sequences packed into one row, blocks), a cache of fixed length.
+    """
+    if int(q_offset) + q_length != kv_offset + kv_length:
+        raise NotImplementedError(
+            f"a cache of fixed length gives sparse attention {kv_length} keys for {q_length} queries from {int(q_offset)} on; expected one "
+            "that grows: use transformers' DynamicCache"
+        )
+    if not allow_is_causal_skip:
+        raise NotImplementedError(
+            "this mask is more than causal (position_ids that begin anew within a row, for one); expected a sequence a row: use padding "
+            "and an attention_mask"
+        )
     return None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
 
 
@@ -195,6 +224,7 @@ class SPTModel(nn.Module):
             if family.name == "opt":
                 routed: Any = RoutedFFN(layer.fc1, layer.fc2, act=layer.activation_fn, **words)
                 layer.fc1, layer.activation_fn, layer.fc2 = routed, nn.Identity(), nn.Identity()
+                layer.dropout = 0.0  # the dense network's; transformers keeps one rate for it and for attention's output
             else:
                 act = ACT2FN[plain.config.hidden_act]
                 routed = layer.mlp = RoutedGatedFFN(layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, act=act, **words)
@@ -220,7 +250,8 @@ class SPTModel(nn.Module):
             return getattr(super().__getattr__("base_model"), name)
 
     def forward(self, *args: Any, **words: Any) -> Any:
-        self._last = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | words
+        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | words
+        self._last = {name: value for name, value in given.items() if name in INPUTS and value is not None}
         out = self.base_model(*args, **words)
         if self.training and getattr(out, "loss", None) is not None:
             out.loss = out.loss + self.auxiliary_loss()
@@ -233,12 +264,11 @@ class SPTModel(nn.Module):
         return torch.stack(parts).sum() if parts else torch.zeros((), device=_place(self))
 
     @torch.no_grad()
-    def stats(self) -> list[LayerStats]:
-        """Block loads, recall of the true top keys, kept attention mass and stored bytes of each layer, for the last pass' input."""
-        if not self._last:
-            raise ValueError("no pass went before; expected one, whose input is looked at")
-        words = {name: value for name, value in self._last.items() if name in ("input_ids", "attention_mask")}
-        seen = self._watched(**words)
+    def stats(self, **inputs: Any) -> list[LayerStats]:
+        """Block loads, recall of the true top keys, kept attention mass and stored bytes of each layer, for an input or the last pass'."""
+        if not (inputs := inputs or self._last):
+            raise ValueError("no pass went before; expected one, whose input is looked at, or an input: stats(input_ids=...)")
+        seen = self._watched(**inputs)
         found = []
         for number in self.structure.layers:
             load = cast(Tensor, self.networks[number].load).tolist() if self.networks else []
@@ -247,8 +277,8 @@ class SPTModel(nn.Module):
         return found
 
     @torch.no_grad()
-    def _watched(self, **words: Any) -> list[tuple[Tensor, Tensor, CSR]]:
-        """(q, k, csr) of each sparse attention in a pass in eval mode."""
+    def _watched(self, **words: Any) -> list[Seen]:
+        """What each sparse attention had before it and chose in a pass in eval mode."""
         for each in self.attentions:
             each.watched = []
         try:
@@ -261,9 +291,28 @@ class SPTModel(nn.Module):
 
     def train_code_books(self, ids: Tensor, steps: int = 200, lr: float = 3e-2) -> None:
         """Train the code books alone on the queries and keys of some windows [B, T]: random ones hardly move in a short tuning."""
-        for each, (q, k, _) in zip(self.attentions, self._watched(input_ids=ids), strict=True):
+        for each, (q, k, *_) in zip(self.attentions, self._watched(input_ids=ids), strict=True):
             loss_of = lambda q, k, quantizer=each.quantizer: quantizer.loss(q) + quantizer.loss(k)  # noqa: E731
             fit_steps(torch.optim.Adam(each.quantizer.parameters(), lr=lr), loss_of, [(q, k)], steps)
+
+    def fine_tune(
+        self, windows: Iterable[Tensor], steps: int, lr: float = 1e-4, tell: Callable[[int, float], None] | None = None
+    ) -> list[float]:
+        """Train on windows [B, T] of tokens by the release's recipe: AdamW, weight decay 0.1, clip 1, the rate x 0.9 every 256 steps.
+
+        Returns:
+            the loss of each step, `auxiliary_loss` included; the model is in eval mode then.
+        """
+        optimizer = torch.optim.AdamW([each for _, each in self.trained()], lr=lr, weight_decay=0.1)
+        loss_of = lambda ids: self(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
+        self.train()
+        try:
+            return fit_steps(optimizer, loss_of, windows, steps, schedule=lambda step: 0.9 ** (step // EPOCH), clip=1.0, tell=tell)
+        finally:
+            self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": {}}
 
     # Kept on disk
 
@@ -348,43 +397,20 @@ def check_convertible(model: nn.Module, config: SPTConfig) -> Any:
 
 
 def with_lora(model: nn.Module, rank: int) -> Any:
-    """The model with peft's LoRA on all linear and embedding layers but the head: A ~ N(0, 1), B = 0, no scaling factor."""
+    """The model with peft's LoRA on all linear and embedding layers: A ~ N(0, 1), B = 0, no scaling factor."""
     peft = require("peft", "language")
-    head = cast(Any, model).get_output_embeddings()
-    paths = [name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding) and module is not head]
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=paths, task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(model, config)
+    paths = [name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)]
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=paths)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*tie_word_embeddings.*"
+        )  # peft warns that adapters of tied layers merge badly: these never merge
+        wrapped = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_A" in name:
+            if "lora_A" in name:  # of an embedding peft draws B so and begins with A at 0: it looks A up and multiplies by B
                 parameter.normal_()
-            if "lora_embedding_" in name:  # an embedding looks A up and multiplies by B: there A is what begins at 0
-                parameter.zero_() if "_A" in name else parameter.normal_()
     return wrapped
-
-
-@torch.no_grad()
-def recall_and_mass(q: Tensor, k: Tensor, csr: CSR) -> tuple[float, float]:
-    """(how many of the K truly largest scores of each query were kept, which share of the whole softmax they hold), means over queries.
-
-    A diagnosis: scores are computed a head at a time.
-    """
-    batch, heads, queries = csr.heads
-    recalls, masses = [], []
-    for b in range(batch):
-        for h in range(heads):
-            scores = (q[b, h].float() @ k[b, h * k.shape[1] // heads].float().T) * q.shape[-1] ** -0.5
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(k.shape[2] - queries + 1), -torch.inf)
-            at = (b * heads + h) * queries
-            indptr = csr.indptr[at : at + queries + 1]
-            kept = torch.zeros_like(scores, dtype=torch.bool)
-            kept[torch.repeat_interleave(torch.arange(queries), indptr.diff()), csr.indices[int(indptr[0]) : int(indptr[-1])].long()] = True
-            rank = scores.argsort(-1, descending=True).argsort(-1)
-            wanted = indptr.diff()[:, None]
-            some = wanted[:, 0] > 0
-            recalls.append(((kept & (rank < wanted)).sum(-1)[some] / wanted[some, 0]).mean().item())
-            masses.append((scores.softmax(-1) * kept).sum(-1)[some].mean().item())
-    return sum(recalls) / len(recalls), sum(masses) / len(masses)
 
 
 def _place(model: nn.Module) -> torch.device:

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewer.language.spt.quantizer import CSR, kept_counts, lookup
+from fewer.language.spt.quantizer import CSR, kept_counts, lookup, visible_scores
 
 
 def true_keys(q: Tensor, k: Tensor, mask: Tensor | None, window: int | None = None, keep: int = 8) -> CSR:
     """The keys with the truly largest scores, as many as codes would keep."""
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
-    visible = torch.ones(batch, keys, dtype=torch.bool) if mask is None else mask.bool()
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    visible = torch.ones(batch, keys, dtype=torch.bool) if mask is None else mask.bool().cpu()
     wanted = kept_counts(visible, queries, keep, "sequence")
-    scores = q @ k.repeat_interleave(heads // k.shape[1], dim=1).transpose(2, 3)
-    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    if window is not None:
-        seen &= ~torch.ones_like(seen).tril(keys - queries - window)
-    scores = scores.masked_fill(~(seen & visible[:, None, None, :]), -torch.inf)
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(3, order, (torch.arange(keys) < wanted[:, None, :, None]).expand_as(scores))
-    kept &= scores > -torch.inf
-    rows = kept.flatten(0, 2)
-    indptr = torch.nn.functional.pad(rows.sum(-1).cumsum(0), (1, 0))
-    return CSR(indptr, rows.nonzero()[:, 1].int(), (batch, heads, queries))
+    rows = []
+    for b, h in itertools.product(range(batch), range(heads)):
+        scores = visible_scores(q[b, h], k[b, h * k.shape[1] // heads], visible[b].to(q.device), window).cpu()
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        rows.append(torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, torch.arange(keys) < wanted[b][:, None]))
+        rows[-1] &= scores > -torch.inf
+    kept = torch.cat(rows)
+    return CSR(torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0)), kept.nonzero()[:, 1].int(), (batch, heads, queries))
 
 
 def newest_keys(q: Tensor, k: Tensor, mask: Tensor | None, window: int | None = None, keep: int = 8) -> CSR:

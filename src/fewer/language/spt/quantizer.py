@@ -6,16 +6,18 @@ Source: SPT, arXiv 2312.10365, and its released quantiser (L1 distance, 16 codew
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Int32, Int64, UInt8, UInt16
 from torch import Tensor, nn
 
 from fewer.checks import check_choice, check_whole
 
 Keep = Literal["sequence", "row"]
 Tie = Literal["recent", "early"]
+MOST_SUBSPACES = 127  # a byte's half: the other half marks keys that are not to be seen
 
 
 class CSR(NamedTuple):
@@ -23,12 +25,12 @@ class CSR(NamedTuple):
 
     Attributes:
         indptr: [B H n + 1] where each query's keys begin.
-        indices: the keys, rising for each query.
+        indices: the keys, rising for each query; two bytes each up to 65,536 keys, four beyond.
         heads: (B, H, n).
     """
 
     indptr: Int64[Tensor, "rows+1"]
-    indices: Int32[Tensor, "kept"]
+    indices: UInt16[Tensor, "kept"] | Int32[Tensor, "kept"]
     heads: tuple[int, int, int]
 
     def rows(self) -> Int64[Tensor, "kept"]:
@@ -61,10 +63,11 @@ class ProductQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(head_dim // codeword_dim, codewords, codeword_dim))
 
     def _distances(self, z: Float[Tensor, "... d"]) -> tuple[Float[Tensor, "M n c"], Float[Tensor, "M n w"]]:
-        """(the vectors by subspace, their L1 distances to its codewords), in the code book's precision."""
+        """(the vectors by subspace, their L1 distances to its codewords); half types are computed in float32."""
         subspaces, _, width = self.codebook.shape
-        parts = z.reshape(-1, subspaces, width).to(self.codebook.dtype).transpose(0, 1)
-        return parts, torch.cdist(parts.contiguous(), self.codebook, p=1)
+        book = self.codebook if self.codebook.dtype == torch.float64 else self.codebook.float()
+        parts = z.reshape(-1, subspaces, width).to(book.dtype).transpose(0, 1)
+        return parts, torch.cdist(parts.contiguous(), book, p=1)
 
     @torch.no_grad()
     def encode(self, z: Float[Tensor, "... d"]) -> UInt8[Tensor, "... M"]:
@@ -80,8 +83,9 @@ class ProductQuantizer(nn.Module):
         """
         parts, distance = self._distances(z.detach() if detach else z)
         weight = (-distance.clamp_min(1e-5).log()).softmax(-1)  # 1 / distance, normalised
-        soft = weight @ self.codebook
-        hard = torch.gather(self.codebook, 1, distance.argmin(-1, keepdim=True).expand_as(parts))
+        book = self.codebook.to(parts.dtype)
+        soft = weight @ book
+        hard = torch.gather(book, 1, distance.argmin(-1, keepdim=True).expand_as(parts))
         return nn.functional.mse_loss(soft, hard) + nn.functional.mse_loss(parts, hard)
 
 
@@ -116,7 +120,7 @@ def lookup(
         window: a query sees no key farther back than so many.
 
     Raises:
-        ValueError: keep below 1, no tokens, codes or a mask of shapes that do not fit.
+        ValueError: keep below 1, no tokens, codes or a mask of shapes that do not fit, codes of more than 127 numbers.
     """
     from fewer.language.spt.kernels import each_of, select_keys
 
@@ -130,6 +134,8 @@ def lookup(
             f"q_codes are {tuple(q_codes.shape)} and k_codes {tuple(k_codes.shape)}; expected [B, H, n, M] and [B, G, t, M] with 1 <= n <= t "
             "and H a multiple of G"
         )
+    if subspaces > MOST_SUBSPACES:
+        raise ValueError(f"a code has {subspaces} numbers; expected at most {MOST_SUBSPACES}: use a larger codeword_dim")
     visible = torch.ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask.bool().cpu()
     if visible.shape != (batch, keys):
         raise ValueError(f"key_mask is {tuple(visible.shape)}; expected [{batch}, {keys}]: one value for each key")
@@ -142,15 +148,51 @@ def lookup(
         seen = (before[:, last + 1] - before[:, first]) * visible[:, -queries:]
         wanted = -(-seen // keep) if keep_per == "row" or not causal else torch.minimum(wanted, seen)
     indptr = nn.functional.pad(wanted[:, None].expand(-1, heads, -1).reshape(-1).cumsum(0), (1, 0))
-    indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
-    q, k, seen_keys = (each.contiguous().cpu().numpy() for each in (q_codes, k_codes, visible))
+    indices = torch.empty(int(indptr[-1]), dtype=torch.uint16 if keys <= 1 << 16 else torch.int32)
+    q, k = q_codes.contiguous().cpu().numpy(), k_codes.transpose(2, 3).contiguous().cpu().numpy()
+    hidden = (128 * ~visible).to(torch.uint8).numpy()
 
     def one(b: int, h: int) -> None:
         at = (b * heads + h) * queries
         select_keys(
-            q[b, h], k[b, h * groups // heads], seen_keys[b], first.numpy(), last.numpy(), wanted[b].numpy(), tie == "recent",
-            indptr[at : at + queries + 1].clone().numpy(), indices.numpy(),
+            q[b, h], k[b, h * groups // heads], hidden[b], first.numpy(), last.numpy(), wanted[b].numpy(), tie == "recent",
+            int(indptr[at]), indices.numpy(),
         )  # fmt: skip
 
     each_of(functools.partial(one, b, h) for b in range(batch) for h in range(heads))
     return CSR(indptr, indices, (batch, heads, queries))
+
+
+def visible_scores(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "t d"], mask: Tensor | None = None, window: int | None = None
+) -> Float[Tensor, "n t"]:
+    """A head's true scores, -inf where a query does not see a key: the matrix that codes avoid."""
+    n, t = len(q), len(k)
+    seen = torch.ones(n, t, dtype=torch.bool, device=q.device).tril(t - n)
+    if window is not None:
+        seen = seen.triu(t - n - window + 1)
+    if mask is not None:
+        seen &= mask
+    return (q.float() @ k.float().T * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+
+
+@torch.no_grad()
+def recall_and_mass(
+    q: Float[Tensor, "B H n d"], k: Float[Tensor, "B G t d"], csr: CSR, mask: Tensor | None = None, window: int | None = None
+) -> tuple[float, float]:
+    """(how many of the K truly largest scores of each query were kept, which share of the whole softmax they hold), means over queries.
+
+    A diagnosis: the scores of a head at a time.
+    """
+    batch, heads, queries = csr.heads
+    counts, recalls, masses = csr.indptr.diff().view(batch, heads, queries), [], []
+    parts = csr.indices.long().split(counts.sum(-1).flatten().tolist())
+    for (b, h), kept_keys in zip(itertools.product(range(batch), range(heads)), parts, strict=True):
+        scores = visible_scores(q[b, h], k[b, h * k.shape[1] // heads], None if mask is None else mask[b], window).cpu()
+        wanted, some = counts[b, h], counts[b, h] > 0
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[torch.repeat_interleave(torch.arange(queries), wanted), kept_keys] = True
+        rank = scores.argsort(-1, descending=True).argsort(-1)
+        recalls.append(((kept & (rank < wanted[:, None])).sum(-1) / wanted)[some].mean().item())
+        masses.append((scores.softmax(-1) * kept).sum(-1)[some].mean().item())
+    return sum(recalls) / len(recalls), sum(masses) / len(masses)

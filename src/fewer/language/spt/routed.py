@@ -58,6 +58,7 @@ class _Routed(nn.Module):
 
     Attributes:
         load: [G] the share of tokens that each block saw in the last pass.
+        balance_loss: of the last pass in training mode, where balance_weight is not 0.
     """
 
     down: nn.Module
@@ -77,19 +78,20 @@ class _Routed(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         p, active = self.router(rows)
         self.load = active.float().mean(0).detach()
-        self.balance_loss = self.balance_weight * balance(p, active) if self.balance_weight else None
+        if self.training and self.balance_weight:
+            self.balance_loss = self.balance_weight * balance(p, active)
         down = map_of(self.down)
         maps = self._maps(rows)
-        y = torch.zeros(len(rows), len(down.weight), dtype=down.weight.dtype, device=x.device)
+        y = rows.new_zeros(len(rows), len(down.weight), dtype=down.weight.dtype)
         low = None if down.a is None else y.new_zeros(len(rows), len(down.a), dtype=down.a.dtype)
         for block in range(self.blocks):
             tokens = active[:, block].nonzero().squeeze(1)
             part = slice(block * self.size, (block + 1) * self.size)
             c = 2 * p[tokens, block, None].to(x.dtype)
             h = self._hidden(rows.index_select(0, tokens), c, part, tokens, maps)
-            y = y.index_add(0, tokens, (c * F.linear(h, down.weight[:, part])).to(y.dtype))
+            y.index_add_(0, tokens, F.linear(c * h, down.weight[:, part]).to(y.dtype))
             if low is not None and down.a is not None:
-                low = low.index_add(0, tokens, F.linear(h.to(low.dtype), down.a[:, part]))
+                low.index_add_(0, tokens, F.linear(h.to(low.dtype), down.a[:, part]).to(low.dtype))
         if low is not None and down.b is not None:
             y = y + F.linear(low, down.b)  # B A h of all blocks at once
         return (y if down.bias is None else y + down.bias).to(x.dtype).reshape(*x.shape[:-1], -1)
@@ -102,13 +104,16 @@ class _Routed(nn.Module):
         raise NotImplementedError
 
     def _hidden(self, x: Tensor, c: Tensor, part: slice, tokens: Tensor, maps: list[tuple[Map, Tensor | None]]) -> Tensor:
+        """h of a block's tokens."""
         raise NotImplementedError
 
 
-def _into(into: tuple[Map, Tensor | None], x: Tensor, c: Tensor, part: slice, tokens: Tensor) -> Float[Tensor, "t I/G"]:
-    """c (W_i x + b_i) + B_i A x."""
+def _into(into: tuple[Map, Tensor | None], cx: Tensor, c: Tensor, part: slice, tokens: Tensor) -> Float[Tensor, "t I/G"]:
+    """c (W_i x + b_i) + B_i A x. c goes on x, not on the product: x is kept once for all maps then, a product would be for each."""
     map_, low = into
-    frozen = c * F.linear(x, map_.weight[part], None if map_.bias is None else map_.bias[part])
+    frozen = F.linear(cx, map_.weight[part])
+    if map_.bias is not None:
+        frozen = frozen + c * map_.bias[part]
     if low is None or map_.b is None:
         return frozen
     return frozen + F.linear(low.index_select(0, tokens), map_.b[part]).to(frozen.dtype)
@@ -125,7 +130,7 @@ class RoutedFFN(_Routed):
         up, down: the dense network's maps, Linear or peft's LoRA around one; they are kept, not copied.
         blocks, active: G, and how many of them a token passes.
         act: the activation.
-        balance_weight: of G sum_i f_i P_i, which `balance_loss` then holds.
+        balance_weight: of G sum_i f_i P_i, the routers' balance.
 
     Examples:
         >>> network = RoutedFFN(nn.Linear(8, 16), nn.Linear(16, 8), blocks=4, active=2)
@@ -150,7 +155,7 @@ class RoutedFFN(_Routed):
         return [_with_low(map_of(self.up), rows)]
 
     def _hidden(self, x: Tensor, c: Tensor, part: slice, tokens: Tensor, maps: list[tuple[Map, Tensor | None]]) -> Tensor:
-        return self.act(_into(maps[0], x, c, part, tokens))
+        return self.act(_into(maps[0], c * x, c, part, tokens))
 
 
 class RoutedGatedFFN(_Routed):
@@ -179,7 +184,8 @@ class RoutedGatedFFN(_Routed):
         return [_with_low(map_of(self.gate), rows), _with_low(map_of(self.up), rows)]
 
     def _hidden(self, x: Tensor, c: Tensor, part: slice, tokens: Tensor, maps: list[tuple[Map, Tensor | None]]) -> Tensor:
-        gate, up = (_into(each, x, c, part, tokens) for each in maps)
+        cx = c * x
+        gate, up = (_into(each, cx, c, part, tokens) for each in maps)
         return self.act(gate) * up
 
 

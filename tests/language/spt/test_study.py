@@ -1,0 +1,72 @@
+"""The study on a user's own model and text, its claims, and the verb."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fewer.language import SPTModel
+from fewer.language._shared.model_directory import load_directory
+from fewer.language.spt import study as room
+from fewer.language.spt.command import app
+from fewer.study import Results, Scale, judge
+from fewer.study.results import Row
+from fewer.study.trial import FigureEvent, TrialSpec, run_trial
+from fewer.tasks import load_small_lm
+
+ARMS = ("lora", "lora-fused", "spt-ffn", "spt-attention", "spt", "oracle")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: Any) -> Any:
+    """A model directory and a text, as a user has them; the cache in a folder of its own."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "notes.txt").write_text("import os\n\ndef first(values):\n    return values[0]\n" * 900)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWER_CACHE", str(folder / "cache"))
+        patch.setitem(room.STEPS, Scale.QUICK, 2)
+        patch.setattr(room, "WINDOW", 64)
+        patch.setattr(room, "LENGTHS", (64, 128))
+        patch.setattr(room, "RANK", 2)
+        patch.setattr(room, "SHAPES", room.Shapes(32, 64, 2, 16, 64))
+        lm = load_small_lm("family-micro", text=[folder / "notes.txt"])
+        lm.model.save_pretrained(folder / "model")
+        lm.tokenizer.save_pretrained(folder / "model")
+        yield folder
+
+
+def figures(arm: str, folder: Path, seed: int = 0) -> list[Row]:
+    """What a trial logs."""
+    events: list[Any] = []
+    settings = {"model": str(folder / "model"), "text": str(folder / "notes.txt"), "data": ""}
+    run_trial(TrialSpec(room.__name__, "spt", arm, seed, Scale.QUICK, settings), events.append)
+    assert events[-1].status == "done", events[-1].error
+    return [Row(arm, seed, event.name, event.coordinates, event.value) for event in events if isinstance(event, FigureEvent)]
+
+
+def test_arms_run_on_a_users_model_and_every_claim_has_its_figures(own: Path) -> None:
+    rows = [row for arm in ARMS for row in figures(arm, own)]
+    results = Results(rows, ARMS)
+    assert {each.verdict for each in judge(room.study, results)} <= {"holds", "fails", "undecided"}
+    said = room.summary(results)
+    assert "of fused attention's" in said
+    assert results.mean("bytes", "spt").value < results.mean("bytes", "lora").value
+    assert results.mean("mass", "oracle").value > results.mean("mass", "spt-attention").value
+    again = {(row.figure, *row.coordinates.items()): row.value for row in figures("spt", own, 1)}
+    same = {(row.figure, *row.coordinates.items()): row.value for row in figures("spt", own, 1)}
+    assert all(again[name,] == same[name,] for name in ("loss", "recall", "mass", "load"))
+
+
+def test_the_verb_trains_an_adapter_that_reads_back(own: Path, tmp_path: Path) -> None:
+    words = [own / "model", tmp_path / "adapter", "--text", own / "notes.txt", "--steps", 3, "--batch", 1, "--window", 32, "--rank", 2]
+    done = CliRunner().invoke(app, ["train", *map(str, words), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert len(json.loads(done.output)["losses"]) == 3
+    made = SPTModel.from_pretrained(load_directory(own / "model", "float32")[0], tmp_path / "adapter")
+    assert made.spt_config.lora_r == 2
+    again = CliRunner().invoke(app, ["train", *map(str, words)])
+    assert isinstance(again.exception, FileExistsError)
