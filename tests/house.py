@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +52,28 @@ def install(project: Path, target: Path) -> Path:
     words = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--target", str(target), str(project)]
     subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": ""})
     return target
+
+
+def on_two_processes(work: Callable[..., None], folder: Path, *args: object) -> None:
+    """`work(rank, folder, *args)` in two processes of one torch.distributed group (gloo), of a thread each; both must end well.
+
+    They are forked, so that nothing is imported again. Neither leaves while the other still speaks.
+    """
+
+    def one(rank: int) -> None:
+        import torch
+        from torch import distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+        work(rank, folder, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    context = multiprocessing.get_context("fork")
+    pair = [context.Process(target=one, args=(rank,), daemon=True) for rank in (0, 1)]
+    for each in pair:
+        each.start()
+    for each in pair:
+        each.join(300)
+    assert [each.exitcode for each in pair] == [0, 0], "a process's own words stand on stderr"

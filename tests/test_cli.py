@@ -79,11 +79,11 @@ def test_the_local_and_the_ray_engine_give_the_same_quality_figures(fewer):
 def test_report_export_and_races_come_from_the_store(fewer, tmp_path):
     fewer("run", "guessing", "--seeds", "1")
     assert "a thousand numbers" in fewer("bench", "guessing").stdout
-    fewer("report")
+    fewer("report", "guessing")
     page = (tmp_path / "fewer-runs" / "report" / "methods" / "guessing.html").read_text()
     assert "The mean was off by" in page
     fewer("run", "guessing", "--seeds", "1")
-    fewer("report")
+    fewer("report", "guessing")
     assert "a thousand numbers" in (tmp_path / "fewer-runs" / "report" / "methods" / "guessing.html").read_text()
     fewer("export", "guessing", "--format", "csv", "--out", "figures.csv")
     assert "guessing" in (tmp_path / "figures.csv").read_text()

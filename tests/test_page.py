@@ -156,6 +156,19 @@ def test_a_method_page_shows_verdicts_paper_machine_and_the_command_to_repeat(si
     assert "has not been run here" in (site / "methods" / "other.html").read_text()
 
 
+def test_a_page_made_of_the_same_is_taken_over_and_of_anything_else_is_made_anew(tmp_path, card, record):
+    page = tmp_path / "report" / "methods" / "guessing.html"
+    write_report(tmp_path / "report", [(card, None)])
+    page.write_text(page.read_text() + "<!-- taken over -->")
+    write_report(tmp_path / "report", [(card, None)])
+    assert "taken over" in page.read_text()
+    write_report(tmp_path / "report", [(msgspec.structs.replace(card, summary="Another summary"), None)])
+    assert "taken over" not in page.read_text()
+    assert "Another summary" in page.read_text()
+    write_report(tmp_path / "report", [(card, msgspec.structs.replace(record, charts=[]))])
+    assert "has not been run here" not in page.read_text()
+
+
 def test_a_report_replaces_a_former_one_and_nothing_else(site, tmp_path, card):
     write_report(tmp_path / "report", [(card, None)])
     index = write_report(tmp_path / "report", [])

@@ -46,7 +46,7 @@ def test_one_broken_record_costs_its_own_method_alone(fewer, outside, tmp_path, 
     site = tmp_path / "site"
     shutil.copytree(outside / "guessing", site / "guessing")
     (site / "guessing" / "record.json").write_text(record)
-    for words in (["list"], ["show", "guessing"], ["report"]):
+    for words in (["list"], ["show", "guessing"], ["report", "guessing"]):
         done = fewer(*words, PYTHONPATH=f"{site}{os.pathsep}{outside}")
         assert "guessing: its record.json is no record" in done.stderr
 

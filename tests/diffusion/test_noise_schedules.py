@@ -18,7 +18,6 @@ SCHEDULES = {
     "linear": NoiseSchedule.linear(),
     "edm": NoiseSchedule.edm(),
 }
-DRAW = torch.Generator().manual_seed(0)
 ONE = GaussianMixture(
     torch.tensor([[-1.0], [0.5], [2.0]]).double(), torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([[0.01], [0.04], [0.02]]).double()
 )
@@ -85,7 +84,7 @@ def test_a_network_is_called_with_its_own_time_and_further_arguments():
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 20.0])
 def test_the_denoiser_is_tweedies_formula_on_the_density(sigma):
     m = mixture()
-    x = m.draw(5, DRAW) + sigma * torch.randn(5, 2, generator=DRAW, dtype=torch.float64)
+    x = m.draw(5, torch.Generator().manual_seed(0)) + sigma * torch.randn(5, 2, dtype=torch.float64)
 
     def log_density(at):
         total = m.variances + sigma**2
@@ -105,7 +104,7 @@ def test_noise_and_denoised_point_add_up_in_every_scaling():
 
 
 def test_in_one_dimension_the_flow_keeps_quantiles_and_equals_its_integration():
-    x = 20 * torch.randn(50, 1, generator=DRAW, dtype=torch.float64)
+    x = 20 * torch.randn(50, 1, dtype=torch.float64)
     end = ONE.transport(x, 20.0, 0.02)
     for before, after in zip(ONE.tails(x, 20.0), ONE.tails(end, 0.02), strict=True):
         assert torch.allclose(before, after, atol=1e-9)
@@ -124,7 +123,7 @@ def test_the_flow_of_a_gaussian_is_closed_and_equals_the_integrated_one():
     means, variances = torch.tensor([[0.3, -1.0]]).double(), torch.tensor([[0.04, 0.5]]).double()
     gaussian = GaussianMixture(means, torch.ones(1).double(), variances)
     doubled = GaussianMixture(means.repeat(2, 1), torch.tensor([0.4, 0.6]).double(), variances.repeat(2, 1))  # the same, not in closed form
-    x = 20 * torch.randn(10, 2, generator=DRAW, dtype=torch.float64)
+    x = 20 * torch.randn(10, 2, dtype=torch.float64)
     assert torch.allclose(doubled.transport(x, 20.0, 0.02), gaussian.transport(x, 20.0, 0.02), atol=1e-9)
 
 

@@ -14,6 +14,7 @@ from fewer.cli.words import DEFAULT_STORE, STORE, complete_slug, console, escape
 
 
 def report(
+    slugs: Annotated[list[str] | None, typer.Argument(help="These methods alone.", autocompletion=complete_slug)] = None,
     out: Annotated[Path, typer.Option(help="The folder to write the page into; a former report there is replaced.")] = Path(
         "fewer-runs/report"
     ),
@@ -30,12 +31,13 @@ def report(
     from fewer.study.recording import Record, read_record
 
     check_new(out, overwrite=True)
+    chosen = [papers.find(slug) for slug in slugs] if slugs else papers.cards()
     tell_troubles()
     entries = []
     with contextlib.ExitStack() as stack:
         asked = store != DEFAULT_STORE or Path(store).exists()  # nobody has run anything yet: the records alone
         opened = stack.enter_context(room.Store(store)) if asked else None
-        for card in papers.cards():
+        for card in chosen:
             mine = opened.record(card.slug, Record) if opened else None
             entries.append((card, mine or (None if card.trouble else read_record(Path(card.folder)))))
     index = page.write_report(out, entries)

@@ -18,6 +18,7 @@ from fewer.report.drawing import (
     INK,
     LABELS,
     ROW,
+    TICK,
     WIDTH,
     arm_axis,
     axis_title,
@@ -188,7 +189,7 @@ def _ticks(points: list[dict[str, Any]]) -> Any:
     import altair as alt
 
     places = sorted({point["x"] for point in points})
-    return alt.Axis(format="~g", labelOverlap=True, values=places) if len(places) <= FEW_TICKS else alt.Axis(labelOverlap=True, tickCount=6)
+    return alt.Axis(format=TICK, labelOverlap=True, values=places) if len(places) <= FEW_TICKS else alt.Axis(labelOverlap=True, tickCount=6)
 
 
 # Bars and differences
@@ -232,7 +233,7 @@ def _bars(record: Record, declaration: Bars) -> Any:
             "ratio:Q",
             title=None,
             scale=alt.Scale(type="log" if log else "linear", domain=domain, nice=False),
-            axis=alt.Axis(format="~g", values=log_ticks(*domain)) if log else alt.Axis(format="~g", tickCount=5),
+            axis=alt.Axis(format=TICK, values=log_ticks(*domain)) if log else alt.Axis(format=TICK, tickCount=5),
         )
         dots = base.mark_point(filled=True, size=90, opacity=1).encode(
             x=x, color=colours_of(record, {row["arm"] for row in own}, legend=False)
@@ -320,7 +321,7 @@ def _groups(record: Record, declaration: Groups) -> Any:
     x = {
         "title": axis_title(record, figure.name, of_curve=True),
         "scale": alt.Scale(type="log", domain=domain, nice=False) if log else alt.Scale(zero=False, padding=20),
-        "axis": alt.Axis(format="~g", values=log_ticks(*domain)) if log else alt.Axis(tickCount=6),
+        "axis": alt.Axis(format=TICK, values=log_ticks(*domain)) if log else alt.Axis(tickCount=6),
     }
     present = {point["arm"] for point in points}
     categories = list(dict.fromkeys(point["category"] for point in points))
@@ -366,7 +367,7 @@ def _tradeoff(record: Record, declaration: Tradeoff) -> Any:
             "cost:Q",
             title=axis_title(record, cost.name),
             scale=alt.Scale(type="log", domain=domain, nice=False) if log else alt.Scale(zero=False, padding=25),
-            axis=alt.Axis(format="~g", values=log_ticks(*domain)) if log else alt.Axis(),
+            axis=alt.Axis(format=TICK, values=log_ticks(*domain)) if log else alt.Axis(),
         ),
         y=alt.Y("quality:Q", title=axis_title(record, quality.name), scale=alt.Scale(zero=False, padding=20)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 from fewer.study.figures import Figure
@@ -12,6 +13,8 @@ INK = "#123456"  # stands for the page's own text colour
 # Okabe and Ito's colours without black and yellow, then Tol's: told apart by the colour-blind, seen on white and on black.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#AA4499", "#8C6BB1", "#7F7F7F")
 WIDTH, ROW, FONT = 270, 28, 14
+TITLE = 40  # characters a line of an axis' title
+TICK = ".4~g"  # digits of a tick: without a number those of the distance between ticks, and 0.125 would read 0.1
 LABELS = 170  # pixels for an arm's name
 SLACK = 24  # more, as a browser's letters may be wider than those that the chart was laid out with
 WIDEST_FULL_TICKS = 100  # a logarithmic axis up to this ratio shows 1, 2 and 5 of each decade
@@ -29,10 +32,11 @@ def label_of(record: Record, name: str) -> str:
     return figure_of(record, name).label
 
 
-def axis_title(record: Record, name: str, *, of_curve: bool = False) -> str:
+def axis_title(record: Record, name: str, *, of_curve: bool = False) -> list[str]:
+    """The figure's label and unit, in lines that are no longer than an axis."""
     figure = figure_of(record, name, of_curve=of_curve)
     unit = "MiB" if figure.unit == "bytes" else figure.unit
-    return f"{figure.label} ({unit})" if unit else figure.label
+    return textwrap.wrap(f"{figure.label} ({unit})" if unit else figure.label, TITLE)
 
 
 def in_unit(rows: list[dict[str, Any]], figure: Figure, *names: str) -> list[dict[str, Any]]:

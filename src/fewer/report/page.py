@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 import fewer
 from fewer.files import made_whole
@@ -17,7 +20,7 @@ SYMBOLS = {"holds": ("✓", "holds"), "fails": ("✗", "fails"), "undecided": ("
 
 
 def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) -> Path:
-    """Write the page; its `index.html`.
+    """Write the page; its `index.html`. A method's page is taken over from the former report where it was made of the same.
 
     Args:
         folder: where to write. A former report there is replaced; anything else there is left alone, and refused.
@@ -39,10 +42,29 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
         (part / "index.html").write_text(index, encoding="utf8")
         template = environment.get_template("method.html")
         for card, record in entries:
-            columns = terminal.tabled(record) if record else []
-            page = template.render(card=card, record=record, charts=_drawn(record), tabled=columns, root="../")
-            (part / "methods" / f"{card.slug}.html").write_text(page, encoding="utf8")
+            name, made_of = Path("methods", f"{card.slug}.html"), _made_of(card, record)
+            page = _former(folder / name, made_of)
+            if page is None:
+                columns = terminal.tabled(record) if record else []
+                page = template.render(card=card, record=record, charts=_drawn(record), tabled=columns, root="../", made_of=made_of)
+            (part / name).write_text(page, encoding="utf8")
     return folder / "index.html"
+
+
+def _made_of(card: Card, record: Record | None) -> str:
+    """A digest of all that a method's page is made of, the code and the templates that make it too."""
+    room = sorted(file for file in Path(__file__).parent.rglob("*") if file.suffix in (".py", ".html", ".css"))
+    parts = [fewer.__version__.encode(), msgspec.json.encode(card), msgspec.json.encode(record), *(file.read_bytes() for file in room)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _former(file: Path, made_of: str) -> str | None:
+    """The page of the former report, if it was made of the same."""
+    try:
+        page = file.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return page if f'<meta name="made-of" content="{made_of}">' in page.partition("</head>")[0] else None
 
 
 def _templates() -> Any:

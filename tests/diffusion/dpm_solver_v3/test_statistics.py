@@ -138,6 +138,7 @@ def test_statistics_that_are_not_finite_are_refused_with_their_place():
 
 def test_another_models_statistics_are_refused(tmp_path, unet, ems):
     ems.save_pretrained(tmp_path)
+    torch.manual_seed(1)
     other = UNet2DModel.from_config(unet.config)
     with pytest.raises(ValueError, match="estimate EMS for this checkpoint"):
         EMS.from_pretrained(tmp_path, model=other)

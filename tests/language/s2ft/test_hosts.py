@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from s2ft_models import EVERY, FAMILIES, assert_tied, logits, loss_of, make, state, train, trained, wrap
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from fewer.language import S2FTConfig, get_s2ft_model, to_peft_lora
+from fewer.language.s2ft.slice_linear import S2Linear
+from house import on_two_processes
 
 
 def trainer_of(model, folder, steps):
@@ -64,52 +66,43 @@ def test_accelerate_prepares_and_a_device_map_holds_the_slice_with_its_layer():
     assert all(layer.s.device == layer.weight.device for layer in dispatched.layers.values())
 
 
-DDP = """
-import sys, torch
-import torch.distributed as dist
-from torch import nn
-from fewer.language.s2ft.slice_linear import S2Linear
-from torch.nn.parallel import DistributedDataParallel
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-sent = []
-def counted(state, bucket):
-    sent.append(bucket.buffer().numel())
-    dist.all_reduce(bucket.buffer().div_(2))
-    done = torch.futures.Future()
-    done.set_result(bucket.buffer())
-    return done
-torch.manual_seed(0)
-net = nn.Sequential(S2Linear(nn.Linear(8, 12), torch.tensor([1, 5]), "rows", "gather"), nn.Tanh(), S2Linear(nn.Linear(12, 4), torch.arange(3, 6), "columns"))
-x, y = torch.randn(16, 8), torch.randn(16, 4)
-model = DistributedDataParallel(net)
-model.register_comm_hook(None, counted)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-for _ in range(5):
-    optimizer.zero_grad(); (model(x[rank::2]) - y[rank::2]).square().mean().backward(); optimizer.step()
-alone = None
-if rank == 0:
+def sliced() -> nn.Module:
     torch.manual_seed(0)
-    one = nn.Sequential(S2Linear(nn.Linear(8, 12), torch.tensor([1, 5]), "rows", "gather"), nn.Tanh(), S2Linear(nn.Linear(12, 4), torch.arange(3, 6), "columns"))
-    optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2)
+    first = S2Linear(nn.Linear(8, 12), torch.tensor([1, 5]), "rows", "gather")
+    return nn.Sequential(first, nn.Tanh(), S2Linear(nn.Linear(12, 4), torch.arange(3, 6), "columns"))
+
+
+def five_steps(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
-        optimizer.zero_grad(); (one(x) - y).square().mean().backward(); optimizer.step()
-    assert torch.allclose(one(x), net(x), atol=1e-6), (one(x) - net(x)).abs().max()
-    assert sum(sent) == 5 * (2 * 8 + 4 * 3), sent
-dist.barrier()
-dist.destroy_process_group()
-"""
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+def half_of_the_rows(rank: int, folder: Path) -> None:
+    sent: list[int] = []
+
+    def counted(_, bucket):
+        sent.append(bucket.buffer().numel())
+        dist.all_reduce(bucket.buffer().div_(2))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    net, x, y = sliced(), torch.randn(16, 8), torch.randn(16, 4)
+    model = DistributedDataParallel(net)
+    model.register_comm_hook(None, counted)
+    five_steps(model, x[rank::2], y[rank::2])
+    if rank == 0:
+        alone = sliced()
+        five_steps(alone, x, y)
+        assert torch.allclose(alone(x), net(x), atol=1e-6), (alone(x) - net(x)).abs().max()
+        assert sum(sent) == 5 * (2 * 8 + 4 * 3), sent
 
 
 def test_two_processes_train_as_one_and_send_only_what_is_trained(tmp_path):
-    words = [sys.executable, "-c", DDP]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pair = [
-        subprocess.Popen([*words, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for rank in (0, 1)
-    ]
-    said = [each.communicate(timeout=120)[0] for each in pair]
-    assert [each.returncode for each in pair] == [0, 0], "\n".join(said)
+    on_two_processes(half_of_the_rows, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from zo2_stack import Stack, stack
 
 from fewer.language import MeZO, ZO2Config
 from fewer.language.zo2.mezo import CounterDraws, TorchDraws, Trained, counter_normal, projected_gradient
+from house import on_two_processes
 
 
 def quadratic() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,8 +121,7 @@ def loss64(ids):
     return loss
 
 
-def worker(rank: int, address: str, told) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def worker(rank: int, folder: Path) -> None:
     sent: list[int] = []
     reduce = dist.all_reduce
     dist.all_reduce = lambda tensor, **words: sent.append(tensor.numel()) or reduce(tensor, **words)
@@ -129,26 +129,16 @@ def worker(rank: int, address: str, told) -> None:
     zo2.group = dist.group.WORLD
     for _ in range(3):
         zo2.step(loss64(IDS[rank : rank + 1]))
-    told.put((rank, sent, {name: value.numpy() for name, value in zo2.state_dict()["model"].items()}))
-    told.close()
-    told.join_thread()
-    dist.destroy_process_group()
+    torch.save((sent, zo2.state_dict()["model"]), folder / f"{rank}.pt")
 
 
-@pytest.mark.alone
 def test_two_workers_are_one_on_the_joint_batch(tmp_path):
-    context = multiprocessing.get_context("fork")
-    told = context.Queue()
-    workers = [context.Process(target=worker, args=(rank, f"file://{tmp_path}/meet", told)) for rank in range(2)]
-    for each in workers:
-        each.start()
-    found = sorted((told.get(timeout=120) for _ in workers), key=lambda each: each[0])
-    for each in workers:
-        each.join()
+    on_two_processes(worker, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     one = streamed(make().double())
     for _ in range(3):
         one.step(loss64(IDS))
     for name, value in one.state_dict()["model"].items():
-        assert (found[0][2][name] == found[1][2][name]).all(), "the workers' weights are identical"
-        assert abs(torch.from_numpy(found[0][2][name]) - value).max() < 1e-6
-    assert [sent for _, sent, _ in found] == [[1, 1, 1]] * 2, "one number a step"
+        assert torch.equal(found[0][1][name], found[1][1][name]), "the workers' weights are identical"
+        assert abs(found[0][1][name] - value).max() < 1e-6
+    assert [sent for sent, _ in found] == [[1, 1, 1]] * 2, "one number a step"

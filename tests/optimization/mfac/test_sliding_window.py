@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from fewer.optimization import InverseFisher, SlidingInverseFisher
 from fewer.optimization.mfac.window.factor import factorise
 from fewer.optimization.mfac.window.row_products import combination, row_products
+from house import on_two_processes
 
 M, D = 8, 40
 
@@ -199,21 +201,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_window_as_it_was(bad, dtype):
     assert bool((window @ x).isfinite().all())
 
 
-def columns_of_one_process(rank: int, folder: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        mine = slice(0, 15) if rank == 0 else slice(15, D)
-        window = SlidingInverseFisher(M, len(range(D)[mine]), 1e-3, torch.float64, process_group=dist.group.WORLD)
-        for g in gradients(20):
-            u = window.push_and_apply(g[mine])
-        torch.save((u, window @ gradients(1, seed=1)[0][mine]), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def columns_of_one_process(rank: int, folder: Path) -> None:
+    mine = slice(0, 15) if rank == 0 else slice(15, D)
+    window = SlidingInverseFisher(M, len(range(D)[mine]), 1e-3, torch.float64, process_group=dist.group.WORLD)
+    for g in gradients(20):
+        u = window.push_and_apply(g[mine])
+    torch.save((u, window @ gradients(1, seed=1)[0][mine]), folder / f"{rank}.pt")
 
 
 def test_columns_split_over_two_processes_give_the_same(tmp_path):
-    multiprocessing.spawn(columns_of_one_process, (str(tmp_path), 1), nprocs=2)
+    on_two_processes(columns_of_one_process, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     window = SlidingInverseFisher(M, D, 1e-3, torch.float64)
     for g in gradients(20):
