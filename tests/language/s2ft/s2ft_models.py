@@ -5,45 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from host_models import small_decoder
 
 from fewer.language import S2FTConfig, S2FTModel, get_s2ft_model
 
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
-MADE = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
-    "llama-grouped": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=6)),
-    "opt": lambda: OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64,
-            hidden_size=16,
-            ffn_dim=24,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            word_embed_proj_dim=16,
-            dropout=0.0,
-        )
-    ),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=4, n_inner=24, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    ),
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "max_position_embeddings": 32}
+MADE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-grouped": ("llama", {"num_key_value_heads": 2}),
+    "mistral": ("mistral", {"num_key_value_heads": 2}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 6}),
+    "opt": ("opt", {"dropout": 0.0}),
+    "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
 }
 FAMILIES = sorted(MADE)
 IDS = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -54,7 +28,8 @@ EVERY = {"v_ratio": 0.3, "o_ratio": 0.3, "u_ratio": 0.2, "d_ratio": 0.2}
 def make(name: str = "llama-grouped", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A model whose weights and biases are all random, and large enough that every part of it matters."""
     torch.manual_seed(seed)
-    model = MADE[name]()
+    family, words = MADE[name]
+    model = small_decoder(family, **SIZES | words)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

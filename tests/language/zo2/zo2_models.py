@@ -5,40 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from host_models import small_decoder
 from torch import nn
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 from zo2_stack import Stack
 
 from fewer.language import ZO2, ZO2Config
 
-SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-OPT_SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-GPT2_SIZES: dict[str, Any] = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
-MADE = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, tie_word_embeddings=True)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=4)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=8)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=8)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SIZES, max_position_embeddings=32, word_embed_proj_dim=16)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)),
+MADE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 2}),
+    "llama-tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 4}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 8}),
+    "opt": ("opt", {"hidden_size": 16, "intermediate_size": 24}),
+    "gpt2": ("gpt2", {"hidden_size": 16, "intermediate_size": 64}),
 }
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
 LR, DECAY, EPS = 1e-2, 0.1, 1e-3
@@ -46,7 +27,8 @@ LR, DECAY, EPS = 1e-2, 0.1, 1e-3
 
 def make(name: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return MADE[name]().to(dtype).train()  # with dropout, where the family has it: a step must switch it off
+    family, words = MADE[name]
+    return small_decoder(family, **words).to(dtype).train()  # with dropout, where the family has it: a step must switch it off
 
 
 def streamed(model: Any, folder: Any = None, resume: bool = False, **words: Any) -> ZO2:
