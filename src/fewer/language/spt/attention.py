@@ -27,7 +27,7 @@ def sparse_attention(
     """Softmax attention over the kept keys; a query that keeps none gets zeros.
 
     Args:
-        q, k, v: H query heads and G key heads (H is a multiple of G), on the CPU; half types are computed in float32.
+        q, k, v: H query heads and G key heads (H is a multiple of G); half types are computed in float32.
         csr: what `lookup` gave for them.
         clamp: scores are clamped to it, and have no gradient beyond; None subtracts the largest score instead.
         scale: of q.k; 1 / sqrt(d) where it is None.
@@ -44,9 +44,9 @@ def sparse_attention(
     if clamp is not None and not clamp > 0:
         raise ValueError(f"clamp is {clamp}; expected a number above 0, or None")
     work = q.dtype if q.dtype == torch.float64 else torch.float32
-    parts: Any = tuple(each.to("cpu", work).contiguous() for each in (q, k, v))
+    parts: Any = tuple(each.to(work).contiguous() for each in (q, k, v))
     out: Any = _Attention.apply(*parts, csr, clamp or 0.0, width**-0.5 if scale is None else scale)
-    return out.to(q.device, q.dtype)
+    return out.to(q.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -57,14 +57,17 @@ class _Attention(torch.autograd.Function):
         from fewer.language.spt import kernels
 
         run: Any = kernels.attend
-        out, weights = torch.empty_like(q), torch.empty(len(csr.indices), dtype=q.dtype)
+        out, weights = torch.empty_like(q), q.new_empty(len(csr.indices))
 
         def one(b: int, h: int) -> None:
             indptr, indices, part = _of_head(csr, b, h)
             g = h * k.shape[1] // q.shape[1]
             run(*_arrays(q[b, h], k[b, g], v[b, g]), indptr, indices, scale, clamp, *_arrays(out[b, h], weights[part]))
 
-        kernels.each_of(functools.partial(one, b, h) for b in range(len(q)) for h in range(q.shape[1]))
+        if kernels.in_loops(q):
+            kernels.each_of(functools.partial(one, b, h) for b in range(len(q)) for h in range(q.shape[1]))
+        else:
+            kernels.attend_in_chunks(q, k, v, csr.indptr, csr.indices, scale, clamp, out, weights)
         ctx.save_for_backward(q, k, v, weights, csr.indptr, csr.indices)
         ctx.heads, ctx.scale = csr.heads, scale
         return out
@@ -87,7 +90,10 @@ class _Attention(torch.autograd.Function):
                     *_arrays(weights[part], grad[b, h], dq[b, h], dk[b, g], dv[b, g]),
                 )  # fmt: skip
 
-        kernels.each_of(functools.partial(one, b, g) for b in range(len(q)) for g in range(k.shape[1]))
+        if kernels.in_loops(q):
+            kernels.each_of(functools.partial(one, b, g) for b in range(len(q)) for g in range(k.shape[1]))
+        else:
+            kernels.attend_backward_in_chunks(q, k, v, csr.indptr, csr.indices, ctx.scale, weights, grad, dq, dk, dv)
         return dq, dk, dv, None, None, None
 
 

@@ -289,11 +289,17 @@ class SPTModel(nn.Module):
             for each in self.attentions:
                 each.watched = None
 
-    def train_code_books(self, ids: Tensor, steps: int = 200, lr: float = 3e-2) -> None:
-        """Train the code books alone on the queries and keys of some windows [B, T]: random ones hardly move in a short tuning."""
+    def train_code_books(self, ids: Tensor, steps: int = 200, lr: float = 3e-2, vectors: int = 512) -> None:
+        """Train the code books alone on the queries and keys of some windows [B, T]: random ones hardly move in a short tuning.
+
+        Args:
+            vectors: of queries, and of keys, that are drawn for a step.
+        """
         for each, (q, k, *_) in zip(self.attentions, self._watched(input_ids=ids), strict=True):
-            loss_of = lambda q, k, quantizer=each.quantizer: quantizer.loss(q) + quantizer.loss(k)  # noqa: E731
-            fit_steps(torch.optim.Adam(each.quantizer.parameters(), lr=lr), loss_of, [(q, k)], steps)
+            rows = [z.reshape(-1, z.shape[-1]) for z in (q, k)]
+            drawn = ([z[torch.randint(len(z), (vectors,), device=z.device)] for z in rows] for _ in range(steps))
+            loss_of = lambda z, quantizer=each.quantizer: quantizer.loss(z[0]) + quantizer.loss(z[1])  # noqa: E731
+            fit_steps(torch.optim.Adam(each.quantizer.parameters(), lr=lr), loss_of, drawn, steps)
 
     def fine_tune(
         self, windows: Iterable[Tensor], steps: int, lr: float = 1e-4, tell: Callable[[int, float], None] | None = None

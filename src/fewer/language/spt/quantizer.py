@@ -33,10 +33,6 @@ class CSR(NamedTuple):
     indices: UInt16[Tensor, "kept"] | Int32[Tensor, "kept"]
     heads: tuple[int, int, int]
 
-    def rows(self) -> Int64[Tensor, "kept"]:
-        """The query (of all heads) of each entry."""
-        return torch.repeat_interleave(torch.arange(len(self.indptr) - 1), self.indptr.diff())
-
 
 class ProductQuantizer(nn.Module):
     """A code of M = d / codeword_dim numbers for each head vector: in each subspace the nearest of a few codewords by L1 distance.
@@ -82,7 +78,8 @@ class ProductQuantizer(nn.Module):
             detach: keep the gradient from the vectors themselves.
         """
         parts, distance = self._distances(z.detach() if detach else z)
-        weight = (-distance.clamp_min(1e-5).log()).softmax(-1)  # 1 / distance, normalised
+        near = distance.clamp_min(1e-5).reciprocal()
+        weight = near / near.sum(-1, keepdim=True)  # softmax(-log(distance))
         book = self.codebook.to(parts.dtype)
         soft = weight @ book
         hard = torch.gather(book, 1, distance.argmin(-1, keepdim=True).expand_as(parts))
@@ -122,7 +119,7 @@ def lookup(
     Raises:
         ValueError: keep below 1, no tokens, codes or a mask of shapes that do not fit, codes of more than 127 numbers.
     """
-    from fewer.language.spt.kernels import each_of, select_keys
+    from fewer.language.spt import kernels
 
     check_whole(keep=keep)
     check_choice(get_args(Keep), keep_per=keep_per)
@@ -136,10 +133,11 @@ def lookup(
         )
     if subspaces > MOST_SUBSPACES:
         raise ValueError(f"a code has {subspaces} numbers; expected at most {MOST_SUBSPACES}: use a larger codeword_dim")
-    visible = torch.ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask.bool().cpu()
+    device = q_codes.device
+    visible = torch.ones(batch, keys, dtype=torch.bool, device=device) if key_mask is None else key_mask.bool().to(device)
     if visible.shape != (batch, keys):
         raise ValueError(f"key_mask is {tuple(visible.shape)}; expected [{batch}, {keys}]: one value for each key")
-    place = torch.arange(keys - queries, keys)
+    place = torch.arange(keys - queries, keys, device=device)
     last = place if causal else torch.full_like(place, keys - 1)
     first = torch.zeros_like(place) if window is None else (place - window + 1).clamp_min(0)
     wanted = kept_counts(visible, queries, keep, keep_per)
@@ -148,18 +146,32 @@ def lookup(
         seen = (before[:, last + 1] - before[:, first]) * visible[:, -queries:]
         wanted = -(-seen // keep) if keep_per == "row" or not causal else torch.minimum(wanted, seen)
     indptr = nn.functional.pad(wanted[:, None].expand(-1, heads, -1).reshape(-1).cumsum(0), (1, 0))
-    indices = torch.empty(int(indptr[-1]), dtype=torch.uint16 if keys <= 1 << 16 else torch.int32)
-    q, k = q_codes.contiguous().cpu().numpy(), k_codes.transpose(2, 3).contiguous().cpu().numpy()
-    hidden = (128 * ~visible).to(torch.uint8).numpy()
+    short = torch.uint16 if keys <= 1 << 16 else torch.int32
+    hidden = (128 * ~visible).to(torch.uint8)
+    if not kernels.in_loops(q_codes):
+        starts = indptr[:-1].view(batch, heads, queries)
+        indices = kernels.select_in_chunks(q_codes, k_codes, hidden, first, last, wanted, tie == "recent", starts, int(indptr[-1])).to(
+            short
+        )
+        return CSR(indptr, indices, (batch, heads, queries))
+    indices = torch.empty(int(indptr[-1]), dtype=short)
+    q, k, unseen = q_codes.contiguous().numpy(), k_codes.transpose(2, 3).contiguous().numpy(), hidden.numpy()
 
     def one(b: int, h: int) -> None:
-        at = (b * heads + h) * queries
-        select_keys(
-            q[b, h], k[b, h * groups // heads], hidden[b], first.numpy(), last.numpy(), wanted[b].numpy(), tie == "recent",
-            int(indptr[at]), indices.numpy(),
-        )  # fmt: skip
+        at = int(indptr[(b * heads + h) * queries])
+        kernels.select_keys(
+            q[b, h],
+            k[b, h * groups // heads],
+            unseen[b],
+            first.numpy(),
+            last.numpy(),
+            wanted[b].numpy(),
+            tie == "recent",
+            at,
+            indices.numpy(),
+        )
 
-    each_of(functools.partial(one, b, h) for b in range(batch) for h in range(heads))
+    kernels.each_of(functools.partial(one, b, h) for b in range(batch) for h in range(heads))
     return CSR(indptr, indices, (batch, heads, queries))
 
 
@@ -185,8 +197,8 @@ def recall_and_mass(
     A diagnosis: the scores of a head at a time.
     """
     batch, heads, queries = csr.heads
-    counts, recalls, masses = csr.indptr.diff().view(batch, heads, queries), [], []
-    parts = csr.indices.long().split(counts.sum(-1).flatten().tolist())
+    counts, recalls, masses = csr.indptr.diff().cpu().view(batch, heads, queries), [], []
+    parts = csr.indices.cpu().long().split(counts.sum(-1).flatten().tolist())
     for (b, h), kept_keys in zip(itertools.product(range(batch), range(heads)), parts, strict=True):
         scores = visible_scores(q[b, h], k[b, h * k.shape[1] // heads], None if mask is None else mask[b], window).cpu()
         wanted, some = counts[b, h], counts[b, h] > 0
