@@ -178,3 +178,12 @@ def test_dtypes_copies_pickles_and_single_rows(dtype: torch.dtype) -> None:
 def test_what_does_not_fit_is_refused(words: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make("opt", **words)
+
+
+def test_of_equal_probabilities_the_first_blocks_are_active() -> None:
+    made = make("llama")
+    with torch.no_grad():
+        made.router.linear.weight.zero_()
+        made.router.linear.bias.zero_()
+    made(torch.randn(3, D, dtype=torch.float64))
+    assert made.load.tolist() == [1, 1, 0, 0]

@@ -81,9 +81,6 @@ class SPTConfig:
             raise ValueError(f"clamp is {self.clamp}; expected a number above 0, or None")
 
 
-Seen = tuple[Tensor, Tensor, CSR, Tensor | None, int | None]
-
-
 class SparseAttention(nn.Module):
     """The code book of an attention layer and what it found last; attached to the layer as `spt`.
 
@@ -95,7 +92,7 @@ class SparseAttention(nn.Module):
     def __init__(self, head_dim: int, config: SPTConfig) -> None:
         super().__init__()
         self.quantizer, self.config = ProductQuantizer(head_dim, config.codeword_dim, config.codewords), config
-        self.watched: list[Seen] | None = None
+        self.watched: list[tuple[Any, ...]] | None = None
         self.loss: Tensor | None = None
         self.stored_bytes = 0
 
@@ -198,8 +195,7 @@ def get_spt_model(model: nn.Module, config: SPTConfig | None = None) -> SPTModel
 
 
 class SPTModel(nn.Module):
-    """What `get_spt_model` makes. What this class lacks (`config`, `generate`, ...) is asked of the model; with labels, in training mode,
-    the loss has `auxiliary_loss()` in it."""
+    """What `get_spt_model` makes. What this class lacks (`generate`, ...) is asked of the model; in training a loss has `auxiliary_loss()` in it."""
 
     def __init__(self, model: nn.Module, config: SPTConfig) -> None:
         super().__init__()
@@ -259,9 +255,9 @@ class SPTModel(nn.Module):
 
     def auxiliary_loss(self) -> Tensor:
         """pq_weight times the code books' losses, plus the routers' balance, of the last pass in training mode."""
-        parts = [self.spt_config.pq_weight * each.loss for each in self.attentions if each.loss is not None]
-        parts += [each.balance_loss for each in self.networks if each.balance_loss is not None]
-        return torch.stack(parts).sum() if parts else torch.zeros((), device=_place(self))
+        books = [self.spt_config.pq_weight * each.loss for each in self.attentions if each.loss is not None]
+        routers = [each.balance_loss for each in self.networks if each.balance_loss is not None]
+        return sum(books + routers, torch.zeros((), device=_place(self)))
 
     @torch.no_grad()
     def stats(self, **inputs: Any) -> list[LayerStats]:
@@ -277,8 +273,8 @@ class SPTModel(nn.Module):
         return found
 
     @torch.no_grad()
-    def _watched(self, **words: Any) -> list[Seen]:
-        """What each sparse attention had before it and chose in a pass in eval mode."""
+    def _watched(self, **words: Any) -> list[tuple[Any, ...]]:
+        """(q, k, csr, mask, window) of each sparse attention in a pass in eval mode."""
         for each in self.attentions:
             each.watched = []
         try:
@@ -395,10 +391,9 @@ def check_convertible(model: nn.Module, config: SPTConfig) -> Any:
         raise ValueError(
             f"a feed-forward network has {odd[0]} channels and ffn_blocks is {config.ffn_blocks}; expected a divisor of {odd[0]}"
         )
-    if config.sparse_attention and structure.head_dim % config.codeword_dim:
-        raise ValueError(
-            f"a head has {structure.head_dim} numbers and codeword_dim is {config.codeword_dim}; expected a divisor of {structure.head_dim}"
-        )
+    if config.sparse_attention:
+        with torch.device("meta"):
+            ProductQuantizer(structure.head_dim, config.codeword_dim)  # says what does not divide
     return structure
 
 

@@ -38,6 +38,7 @@ BATCH = {Scale.QUICK: 2, Scale.FULL: 4}
 LR = {Scale.QUICK: 1e-3, Scale.FULL: 1e-4}
 WINDOW, RANK = 512, 16
 HELD_OUT = 8_192
+BOOK_STEPS = 200  # of the code books alone, before
 ADDRESSES, UNSEEN = 12, 2
 LENGTHS = (512, 1024, 2048, 4096)  # at which sparse attention runs against fused attention
 
@@ -103,7 +104,7 @@ class Task:
     scale: Scale
 
     def model(self, attention: str) -> Any:
-        model = load_directory(self.folder, "float32")[0]
+        model = load_directory(self.folder, "float32", dense=True)[0]
         model.set_attn_implementation(attention)
         return model
 
@@ -118,7 +119,7 @@ def task(scale: Scale, model: str, text: str, data: str) -> Task:
         addresses = load_state_of_the_union()[-ADDRESSES:]
         corpus = Corpus(tuple(addresses[:-UNSEEN]), tuple(addresses[-UNSEEN:]), "addresses of presidents")
     folder = Path(model) if model else fetch_small_lm()
-    tokenizer = load_directory(folder)[1] if model else load_tokenizer(folder)
+    tokenizer = load_directory(folder, dense=True)[1] if model else load_tokenizer(folder)
     train, test = token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.validation)
     for part in (train, test):
         check_window(part, WINDOW)
@@ -141,7 +142,7 @@ def tune(task: Task, trial: Trial, attention: str, ffn: bool, keys: str) -> None
     with chosen_by(model, true_keys) if keys == "true" else contextlib.nullcontext():
         if sparse and keys == "codes":
             before = recall_and_mass_of(model, unseen)[0]
-            model.train_code_books(windows[0][:2])
+            model.train_code_books(windows[0][:2], BOOK_STEPS)
             trained = recall_and_mass_of(model, unseen)[0]
             trial.log("recall_untrained", before)
             trial.log("recall_gain", trained / before)
