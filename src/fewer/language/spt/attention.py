@@ -76,8 +76,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         from fewer.language.spt import kernels
 
-        q, k, v, weights, *kept = ctx.saved_tensors
-        csr = CSR(*kept, ctx.heads)
+        q, k, v, weights, indptr, indices = ctx.saved_tensors
+        csr = CSR(indptr, indices, ctx.heads)
         run: Any = kernels.attend_backward
         grad, share = grad.contiguous(), q.shape[1] // k.shape[1]
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -146,30 +146,19 @@ def lookup(
         seen = (before[:, last + 1] - before[:, first]) * visible[:, -queries:]
         wanted = -(-seen // keep) if keep_per == "row" or not causal else torch.minimum(wanted, seen)
     indptr = nn.functional.pad(wanted[:, None].expand(-1, heads, -1).reshape(-1).cumsum(0), (1, 0))
-    short = torch.uint16 if keys <= 1 << 16 else torch.int32
+    short, recent = torch.uint16 if keys <= 1 << 16 else torch.int32, tie == "recent"
     hidden = (128 * ~visible).to(torch.uint8)
     if not kernels.in_loops(q_codes):
         starts = indptr[:-1].view(batch, heads, queries)
-        indices = kernels.select_in_chunks(q_codes, k_codes, hidden, first, last, wanted, tie == "recent", starts, int(indptr[-1])).to(
-            short
-        )
-        return CSR(indptr, indices, (batch, heads, queries))
+        found = kernels.select_in_chunks(q_codes, k_codes, hidden, first, last, wanted, recent, starts, int(indptr[-1]))
+        return CSR(indptr, found.to(short), (batch, heads, queries))
     indices = torch.empty(int(indptr[-1]), dtype=short)
     q, k, unseen = q_codes.contiguous().numpy(), k_codes.transpose(2, 3).contiguous().numpy(), hidden.numpy()
+    spans, due, kept = (first.numpy(), last.numpy()), wanted.numpy(), indices.numpy()
 
     def one(b: int, h: int) -> None:
         at = int(indptr[(b * heads + h) * queries])
-        kernels.select_keys(
-            q[b, h],
-            k[b, h * groups // heads],
-            unseen[b],
-            first.numpy(),
-            last.numpy(),
-            wanted[b].numpy(),
-            tie == "recent",
-            at,
-            indices.numpy(),
-        )
+        kernels.select_keys(q[b, h], k[b, h * groups // heads], unseen[b], *spans, due[b], recent, at, kept)
 
     kernels.each_of(functools.partial(one, b, h) for b in range(batch) for h in range(heads))
     return CSR(indptr, indices, (batch, heads, queries))
