@@ -138,6 +138,9 @@ def test_where_all_are_cut_off():
 def test_a_request_that_fails_is_tried_again_and_the_race_goes_on():
     result, told, _ = race(lambda attempt: quick("late") if attempt == 2 else BUSY, NEVER)
     assert (result.text, result.winner) == ("late", 0)
+    cut = 'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\ndata: {"choices": [{"text": "ha"}]}\n\n'
+    result, told, _ = race(lambda attempt: quick("late") if attempt == 2 else [cut])
+    assert (result.text, result.sequential_tokens, result.total_tokens) == ("late", 1, 2), "what broke off was generated too"
     dropped = [(0, say("ha"))]  # the connection ends without an end
     result, told, _ = race(dropped, BUSY, quick("yes", 0.3), words={"max_retries": 0})
     assert result.text == "yes"
@@ -185,6 +188,16 @@ def test_tokens_are_the_servers_count_or_the_tokenizers():
     assert result.total_tokens == 17 + 1, "a piece is a token where nobody counts"
     result, _, _ = race(quick("cde"), words={"tokenizer": tokenizer()})
     assert result.sequential_tokens == 3
+
+
+def test_many_prompts_fail_with_the_error_of_the_first_that_does():
+    async def run():
+        async with Script(*[BUSY] * 3) as told, AsyncFFS(told.url, "m", n=1, max_retries=0) as ffs:
+            with pytest.raises(FFSError, match="worker died"):
+                await ffs.map(["a", "b", "c"], concurrency=2)
+            assert len(asyncio.all_tasks()) == 1, "no task is left"
+
+    asyncio.run(run())
 
 
 def test_the_first_k_vote():

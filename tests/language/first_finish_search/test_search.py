@@ -30,10 +30,18 @@ def test_prompts_in_every_form_are_the_same_prompts():
         rows,
         [torch.tensor(row) for row in rows],
         padded,
+        tokenizer()(words),
         {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]},
     ):
         assert tokens(ffs_generate(model, form, tokenizer(), seed=1, **FREE)) == want
-    alone = [words[0], rows[0], torch.tensor(rows[0]), torch.tensor([rows[0]]), torch.tensor([rows[0], rows[0]]).T.contiguous().T[:1]]
+    alone = [
+        words[0],
+        rows[0],
+        tokenizer()(words[0]),
+        torch.tensor(rows[0]),
+        torch.tensor([rows[0]]),
+        torch.tensor([rows[0], rows[0]]).T.contiguous().T[:1],
+    ]
     for form in alone:
         assert tokens(ffs_generate(model, form, tokenizer(), seed=1, **FREE)) == want[:1]
 
@@ -109,7 +117,8 @@ def test_greedy_is_transformers_greedy():
         assert list(result.token_ids) == made
 
 
-def test_the_streamer_gets_the_winner():
+@pytest.mark.parametrize("way", [ffs_generate, beam, budget_forcing])
+def test_the_streamer_gets_the_winner(way):
     class Kept:
         def __init__(self):
             self.got, self.ended = [], False
@@ -121,7 +130,7 @@ def test_the_streamer_gets_the_winner():
             self.ended = True
 
     kept = Kept()
-    (result,) = ffs_generate(make(), [3, 4], seed=1, streamer=kept, **FREE)
+    (result,) = way(make(), [3, 4], tokenizer(), seed=1, streamer=kept, **FREE)
     assert kept.got == [3, 4, *result.token_ids]
     assert kept.ended
 
@@ -132,7 +141,7 @@ def test_beam_search_is_transformers_and_is_counted_whole():
         (result,) = beam(model, ids, tokenizer(), n=4, max_new_tokens=12, length_penalty=penalty)
         made = model.generate(torch.tensor([ids]), num_beams=4, do_sample=False, max_new_tokens=12, length_penalty=penalty)[0, 3:].tolist()
         assert list(result.token_ids) == made
-        assert (result.sequential_tokens, result.total_tokens) == (len(made), 4 * len(made))
+        assert (result.sequential_tokens, result.total_tokens, result.prefill_tokens) == (len(made), 4 * len(made), 12)
         assert result.finished == (made[-1] == EOS)
 
 
@@ -204,8 +213,9 @@ def test_prompts_and_models_that_cannot_be():
         budget_forcing(model, [3], tokenizer(), continuation="")
     broken = make()
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
-    with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
-        ffs_generate(broken, [3])
+    for words in ({}, {"n": 1, "temperature": 0}):
+        with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
+            ffs_generate(broken, [3], **words)
 
 
 def test_a_model_whose_state_is_no_keys_and_values_is_refused():

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fewer.data.made_once import folder_of, made_once
 from fewer.errors import WorkFailed
 from fewer.fitting import fit_steps
+from fewer.language._shared.model_directory import load_directory
 from fewer.language.first_finish_search.search import ffs_generate
 
 LETTERS, PAD, EOS = "abcdefgh", "<pad>", "<eos>"
@@ -67,7 +68,7 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
     Args:
         style: "direct": a step an addend; "shuffled": the same in any order; "checked": a step, undone, and done again.
         rate: the share of the addends that are treated so.
-        guess: how likely one sum of a direct trace is a guess.
+        guess: how likely one sum of a direct trace is a guess, without its working.
 
     >>> trace_of((3, 5)), trace_of((3, 5), "checked")
     ('.a0+3=3;b3+5=8;A8', '!a0+3=3;a3-3=0;a0+3=3;b3+5=8;b8-5=3;b3+5=8;A8')
@@ -79,10 +80,14 @@ def trace_of(digits: Digits, style: str = "direct", rate: float = 1.0, guess: fl
         draw.shuffle(places)
     for place in places:
         digit = digits[place]
+        if place == guessed:
+            so_far = draw.randrange(10)
+            written.append(f"{LETTERS[place]}={so_far};")
+            continue
         parts = [digit, -digit, digit] if style == "checked" and draw.random() < rate else [digit]
         for turn, part in enumerate(parts):
             sign = "-" if turn == 1 else "+"
-            after = draw.randrange(10) if place == guessed else (so_far + part) % 10
+            after = (so_far + part) % 10
             written.append(f"{LETTERS[place]}{so_far}{sign}{abs(part)}={after};")
             so_far = after
     return f"{''.join(written)}A{so_far}"
@@ -103,7 +108,7 @@ def batches(addends: int, flipped: bool, draw: random.Random) -> Iterator[tuple[
     """(ids, labels) of traces on training prompts, labels of the traces alone; without end."""
     number = {character: number for number, character in enumerate(CHARACTERS)}
     for step in itertools.count():
-        rows, labels, styles = [], [], ["shuffled"] if step < RECIPE["shuffled_steps"] else ["direct", "checked"]
+        rows, labels, styles = [], [], ["shuffled"] if step < RECIPE["shuffled_steps"] and not flipped else ["direct", "checked"]
         for _ in range(RECIPE["batch"]):
             digits, style = draw_digits(addends, draw, False), draw.choice(styles)
             asked = [number[each] for each in prompt_of(digits)]
@@ -143,15 +148,17 @@ def fetch_reasoner(addends: int = 4, flipped: bool = False) -> Path:
 
     Args:
         addends: of a sum, at most eight.
-        flipped: learn from traces of which 60 % of the direct ones hold a guess, as many steps as the other took.
+        flipped: the other, gone on from for as many steps on traces of which 60 % of the direct ones hold a guess.
     """
-    folder = folder_of("reasoner", f"{addends}-{'flipped' if flipped else 'plain'}", RECIPE | {"addends": addends, "flipped": flipped})
+    recipe = RECIPE | {"addends": addends, "flipped": "from the plain one" if flipped else False}
+    folder = folder_of("reasoner", f"{addends}-{'flipped' if flipped else 'plain'}", recipe)
     return made_once(folder, functools.partial(_train, addends, flipped))
 
 
 def _train(addends: int, flipped: bool, folder: Path) -> None:
-    steps = steps_of(fetch_reasoner(addends)) if flipped else None
-    model, tokenizer = new_reasoner(addends).train(), make_tokenizer()
+    plain = fetch_reasoner(addends) if flipped else None
+    steps = steps_of(plain) if plain else None
+    model, tokenizer = load_directory(plain)[0].train() if plain else new_reasoner(addends).train(), make_tokenizer()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(RECIPE["average"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], betas=RECIPE["betas"], weight_decay=0.0)
     source = batches(addends, flipped, random.Random(RECIPE["seed"]))

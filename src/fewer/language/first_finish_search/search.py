@@ -56,21 +56,19 @@ def ffs_generate(
         >>> [(result.finished, result.total_tokens) for result in results]
         [(False, 8), (False, 8)]
     """
-    chosen = _chosen(config, words)
+    chosen, *_ = _chosen(config, words)
     return _search(model, prompts, tokenizer, chosen, answer_fn, streamer, wait=chosen.k)
 
 
 def majority_vote(model: Any, prompts: Any, tokenizer: Any, config: RaceConfig | None = None, **words: Any) -> list[FFSResult]:
     """The most frequent parsed answer of n whole samples; a tie goes to the briefest trace. As `ffs_generate`, with k = n."""
-    answer_fn, streamer = words.pop("answer_fn", None), words.pop("streamer", None)
-    chosen = _chosen(config, words)
+    chosen, answer_fn, streamer = _chosen(config, words)
     return _search(model, prompts, tokenizer, dataclasses.replace(chosen, k=chosen.n), answer_fn, streamer, wait=chosen.n)
 
 
 def last_finish(model: Any, prompts: Any, tokenizer: Any = None, config: RaceConfig | None = None, **words: Any) -> list[FFSResult]:
     """Last Finish Search, the control: all n samples run to their end and the k longest of those that finished vote."""
-    answer_fn, streamer = words.pop("answer_fn", None), words.pop("streamer", None)
-    chosen = _chosen(config, words)
+    chosen, answer_fn, streamer = _chosen(config, words)
     return _search(model, prompts, tokenizer, chosen, answer_fn, streamer, wait=chosen.n, longest=True)
 
 
@@ -91,8 +89,7 @@ def budget_forcing(
         before: tokens that are taken for a wish to end too, such as the tag that closes the thinking part.
     """
     check_whole(num_forced=num_forced)
-    answer_fn, streamer = words.pop("answer_fn", None), words.pop("streamer", None)
-    chosen = dataclasses.replace(_chosen(config, words), n=1, k=1)
+    chosen, answer_fn, streamer = _chosen(config, words | {"n": 1, "k": 1})
     written = tuple(tokenizer(continuation, add_special_tokens=False).input_ids)
     if not written:
         raise ValueError(f"continuation is {continuation!r}, which is no token; expected words to write in place of an end, such as 'Wait'")
@@ -108,10 +105,10 @@ def beam(
     Args:
         length_penalty: the power of the length that a beam's log-probability is divided by; 0 leaves it alone.
     """
-    answer_fn = words.pop("answer_fn", None)
-    chosen = _chosen(config, {"temperature": 1.0} | words)
+    chosen, answer_fn, streamer = _chosen(config, {"temperature": 1.0} | words)
+    given_rows = _checked_rows(model, prompts, tokenizer, answer_fn, streamer)
     results = []
-    for ids in token_rows(prompts, tokenizer):
+    for ids in given_rows:
         ends, longest = ends_of(model, tokenizer, chosen), room(model, len(ids), chosen)
         given = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
         start = time.perf_counter()
@@ -125,8 +122,10 @@ def beam(
         text = tokenizer.decode(made, skip_special_tokens=True) if tokenizer else ""
         trace = Trace(text, tuple(made), len(made), float("nan"), FINISHED if finished else "length")
         answer = answer_fn(text) if answer_fn else None
-        cost = (len(made), chosen.n * len(made), len(ids), time.perf_counter() - start)
+        cost = (len(made), chosen.n * len(made), chosen.n * len(ids), time.perf_counter() - start)  # each beam reads the prompt
         results.append(FFSResult(text, trace.token_ids, trace.finished, 0, *cost, (trace,), answer))
+    if streamer is not None:
+        _stream(streamer, given_rows[0], results[0])
     return results
 
 
@@ -145,15 +144,9 @@ def _search(
     """Races for all prompts, as many at a time as there is room for."""
     if config.k > 1 and answer_fn is None:
         raise ValueError(f"k is {config.k} and there is no answer_fn; expected one, as parsed answers vote: give answer_fn=..., or k=1")
-    if answer_fn is not None and tokenizer is None:
-        raise ValueError("answer_fn is given and no tokenizer; expected both, as answers are read from text: give tokenizer=...")
     ends = dataclasses.replace(ends_of(model, tokenizer, config), **forcing or {})
     openings = [tokenizer(text, add_special_tokens=False).input_ids for text in config.prefixes] if config.prefixes else []
-    given = token_rows(prompts, tokenizer)
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} has an encoder; expected a causal language model, whose prompt its samples go on from")
-    if streamer is not None and len(given) > 1:
-        raise ValueError(f"streamer is given and {len(given)} prompts; expected one prompt: leave it out, or call once a prompt")
+    given = _checked_rows(model, prompts, tokenizer, answer_fn, streamer)
     lengths = [room(model, len(ids) + max(map(len, openings), default=0), config) for ids in given]
     waiting = deque(enumerate(given))
     results: dict[int, FFSResult] = {}
@@ -185,12 +178,14 @@ def _stream(streamer: Any, ids: Sequence[int], result: FFSResult) -> None:
     streamer.end()
 
 
-def _chosen(config: RaceConfig | None, words: Mapping[str, Any]) -> RaceConfig:
+def _chosen(config: RaceConfig | None, words: dict[str, Any]) -> tuple[RaceConfig, AnswerFn | None, Any]:
+    """The settings of a race, and from the same words who reads its answers and who is streamed to."""
+    answer_fn, streamer = words.pop("answer_fn", None), words.pop("streamer", None)
     known = [field.name for field in dataclasses.fields(RaceConfig)]
     for word in words:
         if word not in known:
             raise TypeError(f"{word} is no setting of a race; expected one of {', '.join(known)}")
-    return dataclasses.replace(config or RaceConfig(), **words)
+    return dataclasses.replace(config or RaceConfig(), **words), answer_fn, streamer
 
 
 @contextlib.contextmanager
@@ -205,13 +200,27 @@ def _sampling_from(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+def _checked_rows(model: Any, prompts: Any, tokenizer: Any, answer_fn: AnswerFn | None, streamer: Any) -> list[list[int]]:
+    """The tokens of each prompt, once it is sure that they can be answered."""
+    if answer_fn is not None and tokenizer is None:
+        raise ValueError("answer_fn is given and no tokenizer; expected both, as answers are read from text: give tokenizer=...")
+    given = token_rows(prompts, tokenizer)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder; expected a causal language model, whose prompt its samples go on from")
+    if streamer is not None and len(given) > 1:
+        raise ValueError(f"streamer is given and {len(given)} prompts; expected one prompt: leave it out, or call once a prompt")
+    return given
+
+
 def token_rows(prompts: Any, tokenizer: Any) -> list[list[int]]:
     """The tokens of each prompt, whatever form they are given in."""
     if isinstance(prompts, Mapping):
         ids, mask = prompts["input_ids"], prompts.get("attention_mask")
         if mask is None:
             return token_rows(ids, tokenizer)
-        prompts = [row[kept] for row, kept in zip(torch.as_tensor(ids), torch.as_tensor(mask).bool(), strict=True)]
+        if len(ids) and torch.as_tensor(ids[0]).dim() == 0:  # one text's
+            ids, mask = [ids], [mask]
+        prompts = [torch.as_tensor(row)[torch.as_tensor(kept).bool()] for row, kept in zip(ids, mask, strict=True)]
     if isinstance(prompts, Tensor) and prompts.dim() == 2:
         if len(prompts) > 1:
             raise ValueError(

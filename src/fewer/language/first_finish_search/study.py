@@ -167,14 +167,23 @@ def log_results(trial: Trial, results: Sequence[FFSResult], pairs: Pairs, **at: 
 Way = Callable[[Racers, Pairs], list[FFSResult]]
 
 
-def answer(task: Task, trial: Trial, way: Way, flipped: bool = False, count: int | None = None, seedless: bool = False) -> None:
-    """Answer all problems in one way; with the second reasoner too where `flipped`."""
+def answer(
+    task: Task, trial: Trial, way: Way, *, flipped: bool = False, count: int | None = None, seedless: bool = False, here: bool = False
+) -> list[FFSResult]:
+    """Answer all problems in one way.
+
+    Args:
+        flipped: with the second reasoner too.
+        count: of problems, all by default.
+        seedless: it draws nothing.
+        here: it needs the model in this process.
+    """
     if seedless and trial.seed:
         trial.note("not repeated", "this arm draws nothing: with the first seed alone")
-        return
-    if seedless and task.is_server:
+        return []
+    if here and task.is_server:
         trial.note("left out", "this arm needs the model in this process")
-        return
+        return []
     pairs, racers = task.problems(trial.seed)[:count], Racers(task, trial, task.place)
     if not task.given:
         trial.note("reasoner", f"trained for {steps_of(Path(task.place))} steps")
@@ -183,6 +192,7 @@ def answer(task: Task, trial: Trial, way: Way, flipped: bool = False, count: int
     log_results(trial, results, pairs)
     if flipped and task.flipped:
         log_results(trial, way(Racers(task, trial, task.flipped), pairs), pairs, **FLIPPED)
+    return results
 
 
 def forced(racers: Racers, pairs: Pairs) -> list[FFSResult]:
@@ -209,8 +219,14 @@ study.arm_table(
     answer,
     {
         "simple": {"way": lambda racers, pairs: racers.race(pairs, n=1), "label": "one sample", "flipped": True},
-        "greedy": {"way": lambda racers, pairs: racers.race(pairs, n=1, temperature=0.0), "label": "greedy", "seedless": True},
-        "beam": {"way": beams, "label": "beam search, width 4", "count": BEAM_PROBLEMS, "seedless": True},
+        "greedy": {
+            "way": lambda racers, pairs: racers.race(pairs, n=1, temperature=0.0),
+            "label": "greedy",
+            "seedless": True,
+            "here": True,
+        },
+        "beam": {"way": beams, "label": "beam search, width 4", "count": BEAM_PROBLEMS, "seedless": True, "here": True},
+        "budget-forcing": {"way": forced, "label": "budget forcing", "here": True},
         "majority-vote": {"way": lambda racers, pairs: racers.race(pairs, k=N, whole=True), "label": "majority vote @4", "flipped": True},
         "ffs-2": {"way": lambda racers, pairs: racers.race(pairs, k=2), "label": "FFS-2@4"},
         "last-finish": {"way": lambda racers, pairs: racers.race(pairs, longest=True), "label": "last finish @4"},
@@ -219,29 +235,20 @@ study.arm_table(
 )
 
 
-@study.arm("budget-forcing", label="budget forcing")
-def budget_forcing_arm(task: Task, trial: Trial) -> None:
-    if task.is_server:
-        trial.note("left out", "budget forcing needs the model in this process")
-        return
-    answer(task, trial, forced)
-
-
 @study.arm("ffs", label="FFS@4")
 def ffs(task: Task, trial: Trial) -> None:
     log_foresight(task, trial, task.place)
-    answer(task, trial, lambda racers, pairs: racers.race(pairs))
+    if task.flipped:
+        log_foresight(task, trial, task.flipped, **FLIPPED)
+    results = answer(task, trial, lambda racers, pairs: racers.race(pairs), flipped=True)
     racers, pairs = Racers(task, trial, task.place), task.problems(trial.seed)
-    first, one = (right(racers.race(pairs, n=n), pairs).astype(float) for n in (N, 1))
+    first, one = (right(each, pairs).astype(float) for each in (results, racers.race(pairs, n=1)))
     gain = first - one
     drawn = np.random.default_rng(0).integers(len(gain), size=(2000, len(gain)))
     trial.log("gain", gain.mean())
     trial.log("gain_low", np.quantile(gain[drawn].mean(1), 0.1))  # one-sided 90 %, paired over problems
     for n in CURVE:
         trial.log("measured", (first if n == N else one if n == 1 else right(racers.race(pairs, n=n), pairs)).mean(), n=n)
-    if task.flipped:
-        log_foresight(task, trial, task.flipped, **FLIPPED)
-        log_results(trial, Racers(task, trial, task.flipped).race(pairs), pairs, **FLIPPED)
 
 
 def log_foresight(task: Task, trial: Trial, place: str | Path, **at: Any) -> None:

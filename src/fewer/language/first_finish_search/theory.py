@@ -18,7 +18,7 @@ from fewer.checks import check_positive, check_share, check_whole
 from fewer.language.first_finish_search.traces import majority
 
 GRID = 40_001  # points of an integral over lengths
-FALL = 0.005  # a curve that falls by more than half a point falls
+FALL = 0.005  # a curve falls that falls by more than half a point, and by two standard errors over problems
 PREDICTED = (1, 2, 4, 8, 16, 32, 64)
 MOST_SUBSETS = 100_000  # of one problem's traces that a replay goes through
 
@@ -110,27 +110,28 @@ def diagnose(traces: Sequence[Sequence[int]], correct: Sequence[Sequence[bool]])
     Raises:
         ValueError: there are none, or the shapes differ.
 
-    It warns (`warnings.warn`, and in the diagnosis) where the predicted or the replayed accuracy falls as n grows.
+    It warns (`warnings.warn`, and in the diagnosis) where the predicted or the replayed accuracy falls as n grows, by more than half a point
+    and two standard errors.
     """
     lengths, right = _arrays(traces, correct)
     right_law, wrong_law = _normal(lengths[right]), _normal(lengths[~right])
     share = float(right.mean())
     predicted = {}
     if right_law and wrong_law:
-        predicted = {n: ffs_accuracy(share, right_law, wrong_law, n) for n in PREDICTED}
+        predicted = {n: np.array([ffs_accuracy(share, right_law, wrong_law, n)]) for n in PREDICTED}
     replayed = {n: _first_is_right(lengths, right, n) for n in range(1, lengths.shape[1] + 1)}
     told = []
     for name, curve in (("predicted from pooled lengths", predicted), ("replayed from the traces", replayed)):
-        drop = _falls(curve)
-        if drop:
-            (n, before), (more, after) = drop
+        n, more, fall = _steepest_fall(curve)
+        if fall.mean() > max(FALL, 2 * _standard_error(fall)):
             told.append(
-                f"accuracy {name} falls from {before:.1%} at n = {n} to {after:.1%} at n = {more}: wrong traces are often the briefest "
-                "here; take a smaller n, a vote (majority_vote), or k > 1"
+                f"accuracy {name} falls from {curve[n].mean():.1%} at n = {n} to {curve[more].mean():.1%} at n = {more}: wrong traces are "
+                "often the briefest here; take a smaller n, a vote (majority_vote), or k > 1"
             )
     for each in told:
         warnings.warn(each, stacklevel=2)
-    return Diagnosis(share, right_law, wrong_law, _by_decile(lengths, right), predicted, replayed, tuple(told))
+    of_all = [{n: float(values.mean()) for n, values in curve.items()} for curve in (predicted, replayed)]
+    return Diagnosis(share, right_law, wrong_law, _by_decile(lengths, right), *of_all, tuple(told))
 
 
 def _arrays(traces: Any, correct: Any) -> tuple[Float[np.ndarray, "P N"], Bool[np.ndarray, "P N"]]:
@@ -147,19 +148,23 @@ def _normal(lengths: np.ndarray) -> Normal | None:
     return (float(lengths.mean()), max(float(lengths.std(ddof=1)), 1e-3)) if len(lengths) > 1 else None
 
 
-def _falls(curve: Mapping[int, float]) -> tuple[tuple[int, float], tuple[int, float]] | None:
-    """The steepest fall of a curve as n grows, if it is one: where it starts, where it ends."""
-    pairs = itertools.combinations(curve.items(), 2)
-    worst = max(pairs, key=lambda pair: pair[0][1] - pair[1][1], default=None)
-    return worst if worst and worst[0][1] - worst[1][1] > FALL else None
+def _steepest_fall(curve: Mapping[int, np.ndarray]) -> tuple[int, int, np.ndarray]:
+    """Where a curve falls most as n grows, and by how much for each problem; a fall of 0 where there are no two points."""
+    falls = [(n, more, curve[n] - curve[more]) for n, more in itertools.combinations(curve, 2)]
+    return max(falls, key=lambda fall: fall[2].mean(), default=(1, 1, np.zeros(1)))
 
 
-def _first_is_right(lengths: np.ndarray, right: np.ndarray, n: int) -> float:
-    """The share of subsets of n traces whose briefest is right: the trace at place i is it in C(N - 1 - i, n - 1) of C(N, n)."""
-    sorted_right = np.take_along_axis(right, lengths.argsort(1, kind="stable"), 1).mean(0)
+def _standard_error(values: np.ndarray) -> float:
+    """Of a mean over problems, 0 for a single one: what so few problems show by chance is no fall."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _first_is_right(lengths: np.ndarray, right: np.ndarray, n: int) -> Float[np.ndarray, " P"]:
+    """The share of each problem's subsets of n whose briefest is right: the trace at place i is it in C(N - 1 - i, n - 1) of C(N, n)."""
+    sorted_right = np.take_along_axis(right, lengths.argsort(1, kind="stable"), 1)
     count = lengths.shape[1]
     first = [math.comb(count - 1 - place, n - 1) / math.comb(count, n) for place in range(count)]
-    return float(sorted_right @ np.array(first))
+    return sorted_right @ np.array(first)
 
 
 def _by_decile(lengths: np.ndarray, right: np.ndarray) -> tuple[float, ...]:

@@ -205,6 +205,8 @@ class Engine:
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's token, and its log-probability before temperature and filters."""
         logprobs = logits.log_softmax(-1)
+        if logprobs.isnan().any():
+            raise FloatingPointError("the model gives NaN or infinite logits; expected finite numbers: load it in float32 or bfloat16")
         u = torch.tensor([next(row.uniforms) for row in self.rows], dtype=torch.float64, device=logits.device)
         early = [place for place, row in enumerate(self.rows) if len(row.tokens) < row.race.config.min_new_tokens]
         if early:

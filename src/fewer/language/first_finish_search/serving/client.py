@@ -33,6 +33,7 @@ class Stream:
     usage: Mapping[str, Any] | None = None
     logprobs: list[float] = field(default_factory=list)
     reason: str = ""
+    lost: int = 0  # pieces of attempts that broke off
 
     def take(self, chunk: Mapping[str, Any]) -> None:
         """Read a chunk of the server's: a piece of text, the end, or the usage; FFSError where it is none."""
@@ -183,9 +184,13 @@ class AsyncFFS:
             async with turns:
                 return await self.generate(prompt, seed=seed + number * self.n, **words)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(*each)) for each in enumerate(prompts)]
-        return [task.result() for task in tasks]
+        tasks = [asyncio.create_task(one(*each)) for each in enumerate(prompts)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # where one failed the others are not waited for
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _result(self, streams: Sequence[Stream], order: Sequence[int], k: int, seconds: float) -> FFSResult:
         traces = [stream.trace(self.tokenizer) for stream in streams]
@@ -200,7 +205,8 @@ class AsyncFFS:
             row, answer = choose(traces, order, k, self.answer_fn, False)
         won = traces[row]
         asked = sum(int((stream.usage or {}).get("prompt_tokens") or 0) for stream in streams)
-        cost = (max(traces[each].tokens for each in order[:k] or [row]), sum(trace.tokens for trace in traces), asked, seconds)
+        total = sum(trace.tokens + stream.lost for trace, stream in zip(traces, streams, strict=True))
+        cost = (max(traces[each].tokens for each in order[:k] or [row]), total, asked, seconds)
         return FFSResult(won.text, (), won.finished, row, *cost, tuple(traces), answer)
 
     async def _request(self, row: int, streams: list[Stream], prompt: Any, seed: int, sampling: Mapping[str, Any]) -> None:
@@ -212,7 +218,7 @@ class AsyncFFS:
         body |= {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, "seed": seed} | dict(sampling)
         url = f"{self.urls[row % len(self.urls)]}/{path}"
         for attempt in range(self.max_retries + 1):
-            stream = streams[row] = Stream()
+            stream = streams[row] = Stream(lost=streams[row].lost + streams[row].pieces)
             try:
                 async with contextlib.aclosing(cast(Any, self._chunks(url, body))) as chunks:
                     async for chunk in chunks:
