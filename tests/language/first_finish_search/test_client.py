@@ -250,13 +250,13 @@ FREE = {"temperature": 1.0, "top_p": 1.0}
 def test_a_real_model_behind_a_real_server():
     """Each row draws as in this process; what is cancelled stops; the server's count is the client's."""
     model = make(torch.float64)
-    alone = [ffs_generate(model, "cde", tokenizer(), n=1, seed=s, max_new_tokens=60, **FREE)[0] for s in range(4)]
+    alone = [ffs_generate(model, "cde", tokenizer(), n=1, seed=s, max_new_tokens=24, **FREE)[0] for s in range(4)]
 
     async def work(url):
         async with AsyncFFS(url, "model", n=4, chat=False, answer_fn=str) as ffs:
-            whole = await ffs.generate("cde", k=4, max_tokens=60, **FREE)
-            first = await ffs.generate("cde", max_tokens=60, **FREE)
-            many = await ffs.map(["cde", "fgh", "ijk"], concurrency=2, max_tokens=60, **FREE)
+            whole = await ffs.generate("cde", k=4, max_tokens=24, **FREE)
+            first = await ffs.generate("cde", max_tokens=24, **FREE)
+            many = await ffs.map(["cde", "fgh", "ijk"], concurrency=2, max_tokens=24, **FREE)
         return whole, first, many
 
     (whole, first, many), server = asyncio.run(served(model, work))
@@ -285,7 +285,7 @@ def test_without_an_event_loop():
     done = {}
 
     async def work(url):
-        done["result"] = await asyncio.to_thread(ffs_request, "cde", url, "model", sampling={"max_tokens": 60}, n=2, chat=False)
+        done["result"] = await asyncio.to_thread(ffs_request, "cde", url, "model", sampling={"max_tokens": 24}, n=2, chat=False)
 
     asyncio.run(served(make(), work))
     assert done["result"].rows[done["result"].winner].tokens == done["result"].sequential_tokens

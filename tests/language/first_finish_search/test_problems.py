@@ -151,7 +151,7 @@ def figures(arm, task, **settings):
 @pytest.mark.parametrize("place", ["directory", "server"])
 def test_the_study_on_a_model_of_ones_own(folder, address, place):
     model = str(folder / "model") if place == "directory" else address
-    chosen = {"model": model, "data": str(folder / "data.jsonl"), "max_new_tokens": "20"}
+    chosen = {"model": model, "data": str(folder / "data.jsonl"), "max_new_tokens": "8"}
     task = study.build_task(Scale.QUICK, study.choose_options(chosen))
     for arm in study.arms:
         found = figures(arm, task)

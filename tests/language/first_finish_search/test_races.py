@@ -54,7 +54,7 @@ def test_a_race_is_what_its_whole_traces_replay_to(k):
 
 def test_a_row_depends_on_no_other():
     model, asked = make(), prompts(100)
-    words = FREE | {"max_new_tokens": 20}
+    words = FREE | {"max_new_tokens": 10}
     four, eight = (last_finish(model, asked, n=n, seed=2, **words) for n in (4, 8))
     few_rows = last_finish(model, asked, n=4, seed=2, max_rows=10, **words)
     for a, b, c in zip(four, eight, few_rows, strict=True):

@@ -167,7 +167,7 @@ def log_results(trial: Trial, results: Sequence[FFSResult], pairs: Pairs, **at: 
 Way = Callable[[Racers, Pairs], list[FFSResult]]
 
 
-def answer(
+def answers(
     task: Task, trial: Trial, way: Way, *, flipped: bool = False, count: int | None = None, seedless: bool = False, here: bool = False
 ) -> list[FFSResult]:
     """Answer all problems in one way.
@@ -193,6 +193,11 @@ def answer(
     if flipped and task.flipped:
         log_results(trial, way(Racers(task, trial, task.flipped), pairs), pairs, **FLIPPED)
     return results
+
+
+def answer(task: Task, trial: Trial, way: Way, **words: Any) -> None:
+    """`answers` as an arm."""
+    answers(task, trial, way, **words)
 
 
 def forced(racers: Racers, pairs: Pairs) -> list[FFSResult]:
@@ -240,7 +245,7 @@ def ffs(task: Task, trial: Trial) -> None:
     log_foresight(task, trial, task.place)
     if task.flipped:
         log_foresight(task, trial, task.flipped, **FLIPPED)
-    results = answer(task, trial, lambda racers, pairs: racers.race(pairs), flipped=True)
+    results = answers(task, trial, lambda racers, pairs: racers.race(pairs), flipped=True)
     racers, pairs = Racers(task, trial, task.place), task.problems(trial.seed)
     first, one = (right(each, pairs).astype(float) for each in (results, racers.race(pairs, n=1)))
     gain = first - one

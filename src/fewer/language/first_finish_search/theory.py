@@ -130,8 +130,8 @@ def diagnose(traces: Sequence[Sequence[int]], correct: Sequence[Sequence[bool]])
             )
     for each in told:
         warnings.warn(each, stacklevel=2)
-    of_all = [{n: float(values.mean()) for n, values in curve.items()} for curve in (predicted, replayed)]
-    return Diagnosis(share, right_law, wrong_law, _by_decile(lengths, right), *of_all, tuple(told))
+    foretold, seen = ({n: float(values.mean()) for n, values in curve.items()} for curve in (predicted, replayed))
+    return Diagnosis(share, right_law, wrong_law, _by_decile(lengths, right), foretold, seen, tuple(told))
 
 
 def _arrays(traces: Any, correct: Any) -> tuple[Float[np.ndarray, "P N"], Bool[np.ndarray, "P N"]]:

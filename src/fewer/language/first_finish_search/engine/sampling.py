@@ -13,7 +13,7 @@ from torch import Tensor
 from fewer.checks import check_not_negative, check_whole, is_number
 
 LONGEST = 32_768  # new tokens by default, as the paper gives R1-like models, where the positions allow it
-DRAWN_AT_ONCE = 256  # random numbers
+DRAWN_AT_ONCE = 32  # random numbers
 
 
 @dataclass(frozen=True)
