@@ -18,7 +18,7 @@ from fewer.language.first_finish_search.serving.server import Server
 pytestmark = pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def nothing_is_left_open():
     """A socket or task that was left is told, as an error, when it is collected."""
     yield

@@ -89,6 +89,7 @@ def test_no_row_is_stepped_in_vain(k):
         "one prefill a prompt"
     )
     assert sum(decoding) - read_alone == sum(result.total_tokens - 4 for result in results)
+    assert not any(EOS in row.token_ids[:-1] for result in results for row in result.rows), "none goes on after its end"
     assert max(decoding) <= 10
     assert max(decoding) > 4, "prompts share the model"
 
@@ -133,7 +134,7 @@ def test_what_is_left_after_rows_went_and_came_equals_a_fresh_run(kind):
         assert torch.allclose(batch.logits[0], model(torch.tensor([[*written[3], 5]]), use_cache=False).logits[0, -1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 0.9, 6)])
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (1.3, 0.9, 6)])
 def test_first_tokens_are_drawn_from_the_exact_distribution(temperature, top_p, top_k):
     from scipy.stats import chisquare
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
