@@ -97,8 +97,9 @@ def race(*scripts, k=1, n=None, words=None, server=None, **sampling):
         async with Script(*scripts, **server or {}) as told:
             async with AsyncFFS(told.url, "m", n=n or len(scripts), **words or {}) as ffs:
                 result = await ffs.generate("why?", k, 0, **sampling)
-                over = time.perf_counter()
+                over, client = time.perf_counter(), ffs._client
                 await asyncio.wait_for(told.everybody_left.wait(), 5)
+            assert client.is_closed, "no connection is kept"
             assert len(asyncio.all_tasks()) == 1, "no task is left"
             return result, told, over
 
