@@ -29,7 +29,7 @@ from fewer.study.results import NotTestable, bootstrap
 
 N, RECORDED = 4, 8  # samples a race, and traces recorded of a problem
 PROBLEMS = {Scale.QUICK: 300, Scale.FULL: 2000}
-BEAM_PROBLEMS, SERVED_PROBLEMS = 100, 40
+BEAM_PROBLEMS, SERVED_PROBLEMS, WARNING_PROBLEMS = 100, 40, 100  # enough to see what is large
 FLIPPED: dict[str, Any] = {"reasoner": "flipped"}
 CURVE = (1, 2, 4, 8)
 
@@ -244,7 +244,7 @@ study.arm_table(
 def ffs(task: Task, trial: Trial) -> None:
     log_foresight(task, trial, task.place)
     if task.flipped:
-        log_foresight(task, trial, task.flipped, **FLIPPED)
+        log_foresight(task, trial, task.flipped, WARNING_PROBLEMS, **FLIPPED)
     results = answers(task, trial, lambda racers, pairs: racers.race(pairs), flipped=True)
     racers, pairs = Racers(task, trial, task.place), task.problems(trial.seed)
     first, one = (right(each, pairs).astype(float) for each in (results, racers.race(pairs, n=1)))
@@ -256,9 +256,9 @@ def ffs(task: Task, trial: Trial) -> None:
         trial.log("measured", (first if n == N else one if n == 1 else right(racers.race(pairs, n=n), pairs)).mean(), n=n)
 
 
-def log_foresight(task: Task, trial: Trial, place: str | Path, **at: Any) -> None:
+def log_foresight(task: Task, trial: Trial, place: str | Path, count: int | None = None, **at: Any) -> None:
     """What traces recorded on the other half of the problems say before any race is run."""
-    pairs, racers = task.problems(trial.seed, other=True), Racers(task, trial, place)
+    pairs, racers = task.problems(trial.seed, other=True)[:count], Racers(task, trial, place)
     recorded = racers.race(pairs, n=RECORDED, k=RECORDED, whole=True)
     lengths = [[row.tokens for row in result.rows] for result in recorded]
     answers = [[task.answer_fn(row.text) if row.finished else None for row in result.rows] for result in recorded]
