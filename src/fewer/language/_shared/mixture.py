@@ -15,7 +15,44 @@ from transformers.utils.generic import can_return_tuple
 # pyright: reportCallIssue=false
 
 
-class MixtureForCausalLM(LlamaForCausalLM):
+class LlamaOfExperts(LlamaForCausalLM):
+    """A Llama whose networks are mixtures: read whole or not at all (the host draws what is missing), its routers' losses never in vain."""
+
+    accepts_loss_kwargs = False  # Trainer then divides the whole loss by the micro-batches of a step, as means over tokens need it
+
+    @classmethod
+    def check_names(cls, left_over: Sequence[str]) -> None:
+        """Refuse names of weights that tell of another kind of model, in words that say which."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **words: Any) -> Any:
+        """As transformers'; ValueError where weights are missing, left over or of other shapes than the config's."""
+        told = words.pop("output_loading_info", False)
+        lenient = words.pop("ignore_mismatched_sizes", False)
+        words |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it says which they are
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **words)
+        model, about = loaded
+        cls.check_names(sorted(about["unexpected_keys"]))
+        odd = sorted({*about["missing_keys"], *about["unexpected_keys"], *(each[0] for each in about["mismatched_keys"])})
+        if odd and not lenient:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} and its config disagree about {', '.join(odd[:5])}; "
+                "expected all weights of the model and no others: take the config that was saved with them"
+            )
+        return (model, about) if told else model
+
+    def _check_graph(self, router_logits: Sequence[Tensor]) -> None:
+        """Re-entrant checkpointing runs layers without a graph, and losses on router logits would silently teach nothing."""
+        learning = torch.is_grad_enabled() and any(each.requires_grad for each in self.model.layers.parameters())
+        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.layers)
+        if learning and checkpointed and not any(logits.requires_grad for logits in router_logits):
+            raise RuntimeError(
+                "router logits have no gradient under re-entrant checkpointing; expected the other kind: "
+                "gradient_checkpointing_enable({'use_reentrant': False})"
+            )
+
+
+class MixtureForCausalLM(LlamaOfExperts):
     """A decoder of mixtures: a subclass says what a layer's network is, and what loss is on the router logits of all layers.
 
     A network is called with hidden states [B, S, d] alone. Where its `output_router_logits` is set it keeps `router_logits` [B, S, E] of
@@ -23,8 +60,6 @@ class MixtureForCausalLM(LlamaForCausalLM):
 
     With labels, `loss` is the token loss; in training (or with `output_router_logits`) the auxiliary loss is added, as Mixtral does.
     """
-
-    accepts_loss_kwargs = False  # Trainer then divides the whole loss by the micro-batches of a step, as means over tokens need it
 
     def __init__(self, config: Any) -> None:
         with _narrow(config):  # Llama's own networks are thrown away
@@ -98,35 +133,6 @@ class MixtureForCausalLM(LlamaForCausalLM):
         finally:
             for layer, was in zip(layers, before, strict=True):
                 layer.output_router_logits, layer.router_logits = was, None
-
-    def _check_graph(self, router_logits: Sequence[Tensor]) -> None:
-        """Re-entrant checkpointing runs layers without a graph, and losses on router logits would silently teach nothing."""
-        learning = torch.is_grad_enabled() and any(each.requires_grad for each in self.model.layers.parameters())
-        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.layers)
-        if learning and checkpointed and not any(logits.requires_grad for logits in router_logits):
-            raise RuntimeError(
-                "router logits have no gradient under re-entrant checkpointing; expected the other kind: "
-                "gradient_checkpointing_enable({'use_reentrant': False})"
-            )
-
-    @classmethod
-    def check_names(cls, left_over: Sequence[str]) -> None:
-        """Refuse names of weights that tell of another kind of model, in words that say which."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **words: Any) -> Any:
-        """As transformers'; ValueError where weights are missing or left over."""
-        told = words.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **words)
-        model, about = loaded
-        cls.check_names(sorted(about["unexpected_keys"]))
-        odd = sorted({*about["missing_keys"], *about["unexpected_keys"]})
-        if odd and not words.get("ignore_mismatched_sizes"):
-            raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} and its config disagree about {', '.join(odd[:5])}; "
-                "expected all weights of the model and no others: take the config that was saved with them"
-            )
-        return (model, about) if told else model
 
 
 def mean_over_layers(losses: Iterator[Tensor]) -> Tensor:
