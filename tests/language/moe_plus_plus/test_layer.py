@@ -145,8 +145,8 @@ def test_the_input_is_left_as_it_was() -> None:
 
 
 def test_gradients_pass_gradcheck_through_every_weight() -> None:
-    layer = make(num_ffn_experts=2, num_constant=1).eval()
-    x, residual = torch.randn(3, D, dtype=torch.float64), torch.randn(3, layer.num_experts, dtype=torch.float64)
+    layer = MoEPlusPlus(4, 3, num_ffn_experts=2, num_constant=1).double().eval()
+    x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, layer.num_experts, dtype=torch.float64)
     names = [name for name, _ in layer.named_parameters()]
     values = tuple(parameter.detach().clone().requires_grad_() for parameter in layer.parameters())
 
@@ -184,6 +184,9 @@ def test_operations_are_those_of_the_executed_assignments() -> None:
     free = 6 * D * layer.num_constant * tokens  # W_c x and B V
     assert flops.total == ffn_part + free + 2 * n * (D + n) * tokens
     assert 0 < out.stats.ffn_after < 2
+    with count_flops() as first, torch.no_grad():  # a first layer has no map for logits before it
+        layer(x)
+    assert first.total - 6 * D * INNER * int(layer(x).stats.executed[: layer.num_ffn].sum()) == free + 2 * n * D * tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

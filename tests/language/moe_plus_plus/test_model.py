@@ -145,6 +145,18 @@ def test_weights_of_other_experts_are_refused_by_name(tmp_path: Path) -> None:
         MoEPlusPlusForCausalLM.from_pretrained(tmp_path)
 
 
+def test_what_would_teach_the_routers_nothing_is_refused() -> None:
+    model = make().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="expected the other kind"):
+        model(IDS, labels=IDS)
+
+
+def test_a_mixture_where_no_layer_is_is_refused() -> None:
+    with pytest.raises(ValueError, match="moe_layers has 3; expected numbers from 0 to 2"):
+        make(moe_layers=[0, 3])
+
+
 def test_the_papers_sizes_are_configs() -> None:
     assert [MoEPlusPlusConfig(**dict[str, Any](words)).num_ffn_experts for words in PRESETS.values()] == [8, 16, 32, 16]  # pyright: ignore[reportCallIssue]
     assert (

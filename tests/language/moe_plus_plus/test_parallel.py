@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from moe_plus_plus_models import D, make
 
 from fewer.language.moe_plus_plus.parallel import expert_parallel
 from fewer.language.moe_plus_plus.router import heterogeneous_load_balance_loss, select
+from house import on_two_processes
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def shares_of_experts(rank: int, _: Path) -> None:
     x = torch.randn(20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     layer = make().eval()
     whole = layer(x)
@@ -38,9 +37,7 @@ def _worker(rank: int, folder: str) -> None:
     together = heterogeneous_load_balance_loss(logits, select(logits, 2), 4, 0.75, group=dist.group.WORLD)
     torch.testing.assert_close(together, heterogeneous_load_balance_loss(joint, select(joint, 2), 4, 0.75))
     torch.testing.assert_close(make(global_balance=True).eval()(x).aux_loss, together)
-    dist.barrier()  # neither is gone while the other still speaks
-    dist.destroy_process_group()
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    on_two_processes(shares_of_experts, tmp_path)

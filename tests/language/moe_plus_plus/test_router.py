@@ -87,7 +87,7 @@ def test_the_loss_and_its_gradient_are_the_definition_s_with_the_load_held() -> 
 def test_descent_on_the_loss_alone_reaches_the_promised_share(tau: float, share: float) -> None:
     tokens, n, n_ffn = 10_000, 12, 8
     logits = torch.randn(tokens, n, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    for _ in range(400):
+    for _ in range(200):
         loss = heterogeneous_load_balance_loss(logits, select(logits, 2), n_ffn, tau)
         (gradient,) = torch.autograd.grad(loss, logits)
         with torch.no_grad():

@@ -23,6 +23,7 @@ def moe_stats(
     Example: fewer moe-stats model --text notes.txt
     """
     import torch
+    from torch import Tensor
 
     from fewer.language._shared.model_directory import load_directory
     from fewer.language.moe_plus_plus.model import MoEPlusPlusForCausalLM
@@ -37,15 +38,19 @@ def moe_stats(
     tokens = token_stream(tokenizer, documents)
     check_window(tokens, window)
     rows = tokens[: len(tokens) // window * window].reshape(-1, window)
-    used = torch.zeros(len(tokenizer)), torch.zeros(len(tokenizer))
+    used, seen = torch.zeros(2, len(tokenizer), dtype=torch.float64)
     for part in rows.split(8):
         with torch.no_grad():
             logits = model(input_ids=part, output_router_logits=True, use_cache=False).router_logits
         networks = torch.stack([(select(each, model.config.top_k) < model.config.num_ffn_experts).sum(-1) for each in logits])
-        used[0].index_add_(0, part.flatten(), networks.float().mean(0))
-        used[1].index_add_(0, part.flatten(), torch.ones(part.numel()))
-    mean = {tokenizer.decode([number]): (used[0][number] / used[1][number]).item() for number in used[1].nonzero().flatten().tolist()}
-    total = used[0].sum().item() / rows.numel()
+        used.index_add_(0, part.flatten(), networks.double().mean(0))
+        seen.index_add_(0, part.flatten(), torch.ones(part.numel(), dtype=torch.float64))
+    by_text: dict[str, Tensor] = {}  # several tokens may print alike
+    for number in seen.nonzero().flatten().tolist():
+        text_of = tokenizer.decode([number])
+        by_text[text_of] = by_text.get(text_of, 0) + torch.stack([used[number], seen[number]])
+    mean = {name: (total / times).item() for name, (total, times) in by_text.items()}
+    total = (used.sum() / rows.numel()).item()
     if as_json:
         print(json.dumps({"tokens": rows.numel(), "ffn_experts_per_token": total, "by_token": mean}))
         return

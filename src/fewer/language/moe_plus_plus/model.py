@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, initialization
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, initialization
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.utils import can_return_tuple  # pyright: ignore[reportPrivateImportUsage]
 
 from fewer.language._shared.experts import GatedExperts
-from fewer.language._shared.model_directory import weight_shapes
+from fewer.language._shared.mixture import LlamaOfExperts
 from fewer.language.moe_plus_plus.layer import ConstantExperts, MoEPlusPlus, MoEPlusPlusOutput
 
 # pyright: reportCallIssue=false
@@ -50,6 +49,9 @@ class MoEPlusPlusConfig(LlamaConfig):
 
     def mixtures(self) -> list[int]:
         """The layers that are mixtures, first to last."""
+        outside = [number for number in self.moe_layers or () if not 0 <= number < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"moe_layers has {outside[0]}; expected numbers from 0 to {self.num_hidden_layers - 1}")
         return sorted(self.moe_layers) if self.moe_layers is not None else list(range(self.num_hidden_layers))
 
     def mixture(self, layer_idx: int) -> MoEPlusPlus:
@@ -145,7 +147,7 @@ def _init_experts(module: nn.Module, std: float) -> None:
         initialization.normal_(module.constant, mean=0.0, std=1.0)  # as released
 
 
-class MoEPlusPlusForCausalLM(LlamaForCausalLM):
+class MoEPlusPlusForCausalLM(LlamaOfExperts):
     """A causal language model of MoE++ mixtures: `from_pretrained`, `save_pretrained`, `generate` and Trainer as any of transformers.
 
     The output has `aux_loss` (the balance losses, summed), `router_logits` ([T, N] of each mixture, where `output_router_logits` asks for
@@ -163,7 +165,6 @@ class MoEPlusPlusForCausalLM(LlamaForCausalLM):
     """
 
     config_class = MoEPlusPlusConfig
-    accepts_loss_kwargs = False  # Trainer then divides the whole loss by the micro-batches of a step, as means over tokens need it
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - as transformers declares it
 
     def __init__(self, config: MoEPlusPlusConfig) -> None:
@@ -181,67 +182,26 @@ class MoEPlusPlusForCausalLM(LlamaForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        cache: Any = None,
-        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         pathway = Pathway()
         out = super().forward(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, logits_to_keep, pathway=pathway, **kwargs
-        )
-        aux = pathway.aux_loss if pathway.outputs else None
-        loss = out.loss
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, logits_to_keep=logits_to_keep,
+            return_dict=True, pathway=pathway, **kwargs,
+        )  # fmt: skip
+        words: dict[str, Any] = dict(out)
         shown = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        if loss is not None and aux is not None and (self.training or shown):  # as Mixtral: a text's perplexity is without it
-            loss = loss + self.config.router_aux_loss_coef * aux.to(loss)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux,
-            logits=out.logits,
-            cache=out.cache,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            router_logits=tuple(each.router_logits for each in pathway.outputs.values()) if shown else None,  # pyright: ignore[reportArgumentType]
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **words: Any) -> Any:
-        """As transformers'; ValueError where the weights are of other experts than the config names."""
-        told = words.pop("output_loading_info", False)
-        try:
-            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **words)
-        except RuntimeError as error:
-            odd = _disagreements(pretrained_model_name_or_path)
-            if not odd:
-                raise
-            raise _other_experts(pretrained_model_name_or_path, odd) from error
-        model, about = loaded
-        odd = sorted({*about["missing_keys"], *about["unexpected_keys"]})
-        if odd:
-            raise _other_experts(pretrained_model_name_or_path, odd)
-        return (model, about) if told else model
-
-
-def _disagreements(place: Any) -> list[str]:
-    """The weights of a directory that have other shapes than its config gives them."""
-    if not Path(place).is_dir():
-        return []
-    with torch.device("meta"):
-        own = MoEPlusPlusForCausalLM(MoEPlusPlusConfig.from_pretrained(place)).state_dict()
-    stored = weight_shapes(Path(place))
-    return sorted(name for name, shape in stored.items() if name in own and tuple(own[name].shape) != shape)
-
-
-def _other_experts(place: Any, keys: list[str]) -> ValueError:
-    shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
-    return ValueError(
-        f"the weights in {place} and its config disagree about {shown}; expected the experts that the config names: "
-        "take the config that was saved with them"
-    )
+        if pathway.outputs:
+            self._check_graph([each.router_logits for each in pathway.outputs.values()])
+            words["aux_loss"] = pathway.aux_loss
+            if labels is not None and (self.training or shown):  # as Mixtral: a text's perplexity is without it
+                words["loss"] = words["loss"] + self.config.router_aux_loss_coef * words["aux_loss"].to(words["loss"])
+        if shown:
+            words["router_logits"] = tuple(each.router_logits for each in pathway.outputs.values())
+        return MoeCausalLMOutputWithPast(**words)
 
 
 def register() -> None:

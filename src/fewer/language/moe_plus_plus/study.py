@@ -16,7 +16,7 @@ from torch import Tensor
 from fewer.language._shared.from_scratch import MODEL_HELP, TEXT_HELP, Ground, ground, pretrain
 from fewer.language._shared.timing import one_thread
 from fewer.language.moe_plus_plus.layer import MoEPlusPlus
-from fewer.language.moe_plus_plus.model import MoEPlusPlusConfig, MoEPlusPlusForCausalLM
+from fewer.language.moe_plus_plus.model import PRESETS, MoEPlusPlusConfig, MoEPlusPlusForCausalLM
 from fewer.language.moe_plus_plus.router import heterogeneous_capacity, select
 from fewer.meters import median_seconds
 from fewer.study import Curve, Figure, Groups, NotTestable, Results, Scale, Study, Tradeoff, Trial
@@ -66,15 +66,19 @@ class Task:
     """Text in tokens, and the sizes of the models.
 
     Attributes:
+        sizes: words for the config.
         kinds: [vocabulary] the class of each token, an index into `CLASSES`.
     """
 
     ground: Ground
+    sizes: dict[str, Any]
     test: Tensor
     kinds: Tensor
     scale: Scale
 
     def recipe(self, seed: int) -> Recipe:
+        if self.scale is Scale.FULL:  # the paper's rates
+            return Recipe(STEPS[self.scale], 64, 512, 5e-4, warm_up=500, last_lr=0.1, seed=seed)
         return Recipe(STEPS[self.scale], BATCH, WINDOW, 2e-3, warm_up=20, last_lr=0.0, seed=seed)
 
 
@@ -83,7 +87,10 @@ def task(scale: Scale, model: str, text: str) -> Task:
     common = ground(model, text, window=WINDOW)
     words = common.tokenizer.convert_ids_to_tokens(range(common.sizes["vocab_size"]))
     kinds = torch.tensor([class_of(common.tokenizer.convert_tokens_to_string([word]) if word else "") for word in words])
-    return Task(common, common.validation[:HELD_OUT], kinds, scale)
+    sizes = common.sizes | {"intermediate_size": common.sizes["hidden_size"] * 3 // 2, "num_ffn_experts": FFN}
+    if scale is Scale.FULL and not model:
+        sizes |= PRESETS["0.6B"] | {"num_key_value_heads": PRESETS["0.6B"]["num_attention_heads"]}
+    return Task(common, sizes, common.validation[:HELD_OUT], kinds, scale)
 
 
 def class_of(text: str) -> int:
@@ -102,11 +109,8 @@ def train_and_judge(task: Task, trial: Trial, free: tuple[int, int, int], tau: f
     """Train one mixture, judge it, and time a wide layer with the assignments it makes."""
     zero, copies, constants = free
     torch.manual_seed(trial.seed)
-    inner = task.ground.sizes["hidden_size"] * 3 // 2
-    config: Any = MoEPlusPlusConfig(
-        **task.ground.sizes, intermediate_size=inner, num_ffn_experts=FFN, num_zero=zero, num_copy=copies, num_constant=constants,
-        top_k=TOP_K, tau=tau, capacity_factor=GAMMA, gate_residual=gate_residual,
-    )  # fmt: skip  # pyright: ignore[reportCallIssue]
+    words = task.sizes | {"num_zero": zero, "num_copy": copies, "num_constant": constants, "gate_residual": gate_residual}
+    config: Any = MoEPlusPlusConfig(**words, top_k=TOP_K, tau=tau, capacity_factor=GAMMA)  # pyright: ignore[reportCallIssue]
     model: Any = MoEPlusPlusForCausalLM(config)
     model.to(trial.device)
     recipe = task.recipe(trial.seed)
