@@ -40,7 +40,8 @@ def test_what_is_saved_is_loaded_to_the_bit(words: dict[str, Any], dtype: str, t
     # a cast model's own angles of rotation are rounded, those of one that is read are not
     if dtype != "bfloat16":
         torch.testing.assert_close(model(IDS).logits, again.eval()(IDS).logits, atol=1e-5, rtol=1e-5)
-    router = next(again.model.layers[0].mlp.router.parameters())
+    layers: Any = again.model.layers
+    router = next(layers[0].mlp.router.parameters())
     assert router.dtype == (torch.float64 if dtype == "float64" else torch.float32)
 
 

@@ -35,11 +35,11 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield {"model": str(folder / "model"), "text": str(folder / "notes.txt")}
 
 
-def figures(arm: str, settings: dict[str, Any]) -> dict[Any, float]:
+def figures(arm: str, settings: dict[str, Any]) -> dict[Any, Any]:
     events: list[Any] = []
     run_trial(TrialSpec(room.__name__, "moe-plus-plus", arm, 0, Scale.QUICK, settings), events.append)
     assert events[-1].status == "done", events[-1].error
-    return {(event.name, *sorted(event.coordinates.items())): event.value for event in events if isinstance(event, FigureEvent)}
+    return {(each.name, *sorted(each.coordinates.items())): each.value for each in events if type(each) is FigureEvent}
 
 
 def test_arms_run_on_a_users_model_and_text(own: dict[str, Any]) -> None:
@@ -73,14 +73,19 @@ def test_networks_are_counted_by_token(own: dict[str, Any], tmp_path: Path, fewe
     model: Any = MoEPlusPlusForCausalLM(MoEPlusPlusConfig(**words, num_attention_heads=2, num_constant=2)).eval()  # pyright: ignore[reportCallIssue]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    counted = ("moe-stats", str(tmp_path), "--text", own["text"], "--window", "32")
+    text = tmp_path / "text.txt"
+    text.write_text("values = '\u65e5\u672c\u8a9e \u00fc'\n" * 40)  # bytes of letters that it never saw: several tokens that print alike
+    counted = ("moe-stats", str(tmp_path), "--text", str(text), "--window", "32")
     told = json.loads(fewer(*counted, "--json").stdout)
-    tokens = token_stream(tokenizer, read_texts([Path(own["text"])]))
+    tokens = token_stream(tokenizer, read_texts([text]))
     rows = tokens[: told["tokens"]].reshape(-1, 32)
     with torch.no_grad():
         logits = model(input_ids=rows, output_router_logits=True, use_cache=False).router_logits
     networks = sum((select(each, 2) < 8).sum(-1).double() for each in logits) / 2
     assert told["ffn_experts_per_token"] == pytest.approx(networks.mean().item())  # pyright: ignore[reportAttributeAccessIssue]
+    alike = [tokenizer.decode([number]) == "\ufffd" for number in rows.flatten().tolist()]
+    assert len(set(rows.flatten()[alike].tolist())) > 1
+    assert told["by_token"]["\ufffd"] == pytest.approx(networks[alike].mean().item())  # pyright: ignore[reportIndexIssue]
     assert len(fewer(*counted, "--most", "2").stdout.splitlines()) == 5
     assert "expected a MoE++ model" in fewer("moe-stats", own["model"], "--text", own["text"], status=2).stderr
     assert type(plain).__name__ == "LlamaForCausalLM"
