@@ -177,5 +177,9 @@ def test_what_cannot_be_is_refused() -> None:
         adapt(model, TEXT[:4], 3)
     with pytest.raises(ValueError, match="window is 512 and the model reads 64 tokens"):
         adapt(factorize(make(max_position_embeddings=64)), TEXT, 3, AdaptConfig(window=512))
+    with pytest.raises(ValueError, match="the data set has no rows"):
+        adapt(factorize(make()), [], 3)
+    with pytest.raises(ValueError, match="window is 11 and the model reads 8 tokens"):
+        adapt(factorize(make(max_position_embeddings=8)), [{"input_ids": row.tolist()} for row in IDS], 3)
     with pytest.raises(ValueError, match="expected router_steps=0"):
         AdaptConfig(pa_weight=0.0)

@@ -101,7 +101,9 @@ def adapt(
     config = dataclasses.replace(config or AdaptConfig(), **words)
     check_whole(steps=steps)
     experts = experts_of(model)
-    batches = _Counted(_batches(data, steps, config), model.config.max_position_embeddings, experts[0].down.device)
+    check_length(data, config, model.config.max_position_embeddings)
+    used: list[int] = []  # tokens of each batch
+    batches = _batches(data, steps, config, experts[0].down.device, used)
     first = steps // 3 if config.router_steps is None else min(config.router_steps, steps)
     wanted = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False).train()
@@ -114,50 +116,40 @@ def adapt(
         for parameter in model.parameters():
             parameter.requires_grad_(wanted[id(parameter)])
         model.eval()
-    return Adaptation(router_losses, losses, batches.tokens)
+    return Adaptation(router_losses, losses, sum(used))
 
 
 Batch = dict[str, Tensor]
 
 
-def _batches(data: Any, steps: int, config: AdaptConfig) -> Iterator[Batch]:
-    """A batch a step: windows of a stream, or rows of a data set in an order that the seed draws."""
+def check_length(data: Any, config: AdaptConfig, positions: int) -> None:
+    """What is wrong with the data shows before anything is changed."""
     if isinstance(data, Tensor):
         check_window(data, config.window)
+    elif not len(data):
+        raise ValueError("the data set has no rows; expected at least one: look at the file it was read from")
+    length = config.window if isinstance(data, Tensor) else len(data[0]["input_ids"])
+    if length > positions:
+        raise ValueError(f"window is {length} and the model reads {positions} tokens; expected at most {positions}")
+
+
+def _batches(data: Any, steps: int, config: AdaptConfig, device: torch.device, used: list[int]) -> Iterator[Batch]:
+    """A batch a step: windows of a stream, or rows of a data set in an order that the seed draws; `used` grows by each one's tokens."""
+    if isinstance(data, Tensor):
         for step in range(steps):
-            ids = draw_windows(data, config.batch, config.window, torch.Generator().manual_seed(config.seed * 1_000_003 + step))
+            draw = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            ids = draw_windows(data, config.batch, config.window, draw).to(device)
+            used.append(ids.numel())
             yield {"input_ids": ids, "labels": ids}
         return
     from transformers import default_data_collator
 
     rows = torch.randint(len(data), (steps, config.batch), generator=torch.Generator().manual_seed(config.seed))
     for places in rows.tolist():
-        batch = default_data_collator([dict(data[place]) for place in places])
+        batch = {name: value.to(device) for name, value in default_data_collator([dict(data[place]) for place in places]).items()}
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        used.append(int(mask.sum()))
         yield {"labels": batch["input_ids"].masked_fill(mask == 0, -100)} | batch
-
-
-class _Counted:
-    """Batches on a device, their length held against the model's positions, their tokens counted."""
-
-    def __init__(self, batches: Iterator[Batch], positions: int, device: torch.device) -> None:
-        self.batches, self.positions, self.device, self.tokens = batches, positions, device, 0
-        self.first: Batch | None = self._take()  # what is wrong with the data shows before anything is changed
-
-    def _take(self) -> Batch:
-        batch = next(self.batches)
-        length = batch["input_ids"].shape[1]
-        if length > self.positions:
-            raise ValueError(f"window is {length} and the model reads {self.positions} tokens; expected at most {self.positions}")
-        self.tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        return {name: value.to(self.device) for name, value in batch.items()}
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch, self.first = self.first or self._take(), None
-        return batch
 
 
 def _train_routers(

@@ -32,12 +32,11 @@ def factorize(
     """
     from fewer.files import check_new, made_whole
     from fewer.language._shared.model_directory import load_directory
-    from fewer.language.factor_llm.adaptation import AdaptConfig, adapt
+    from fewer.language.factor_llm.adaptation import AdaptConfig, adapt, check_length
     from fewer.language.factor_llm.factorization import check_factorizable
     from fewer.language.factor_llm.factorization import factorize as cut
     from fewer.tasks import token_loss
     from fewer.tasks.language_corpus import read_texts, token_stream
-    from fewer.tasks.lm_training import check_window
 
     inputs = [model_dir, *text]
     check_new(out_dir, overwrite, inputs=inputs, option="OUT_DIR")
@@ -45,12 +44,13 @@ def factorize(
     model, tokenizer = load_directory(model_dir, dense=True)
     check_factorizable(model, experts, top_k)
     tokens = token_stream(tokenizer, documents)
-    check_window(tokens, window)
+    config = AdaptConfig(lr=lr, batch=batch, window=window, seed=seed)
+    check_length(tokens, config, model.config.max_position_embeddings)
     held = tokens[: 8 * window]
     before = token_loss(model, held, window=window)
     cut(model, experts, top_k, partition, seed=seed)
     untouched = token_loss(model, held, window=window)
-    done = adapt(model, tokens, steps, AdaptConfig(lr=lr, batch=batch, window=window, seed=seed))
+    done = adapt(model, tokens, steps, config)
     after = token_loss(model, held, window=window)
     with made_whole(out_dir, overwrite, inputs=inputs, option="OUT_DIR") as part:
         model.save_pretrained(part)

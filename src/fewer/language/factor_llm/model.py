@@ -48,7 +48,7 @@ class FactorizedMLP(nn.Module):
         self.last_pa_loss = None
 
     def expert(self, number, x, gate_up=None, down=None):
-        """E_number(x), [T, H] -> [T, H]; by other weights where some are given (a teacher's)."""
+        """E_number(x), [..., H] -> [..., H]; by other weights where some are given (a teacher's)."""
         gate, up = F.linear(x, (self.gate_up if gate_up is None else gate_up)[number]).chunk(2, dim=-1)
         return F.linear(self.act_fn(gate) * up, (self.down if down is None else down)[number])
 
@@ -67,12 +67,12 @@ class FactorizedMLP(nn.Module):
 
     def _routed(self, rows, chosen):
         """The chosen experts' sum: each expert sees its own tokens and no others."""
-        if len(rows) == 1:  # one token while writing: views of the weights, nothing gathered
-            return sum(self.expert(number, rows) for number in chosen[0].tolist())
+        if len(rows) == 1:  # one token while writing: views of the weights, nothing gathered; a vector's product is quicker than a row's
+            return sum(self.expert(number, rows[0]) for number in chosen[0].tolist())
         y = torch.zeros_like(rows)
         for number in range(self.num_experts):
             tokens = (chosen == number).any(-1).nonzero().squeeze(1)
-            y = y.index_add(0, tokens, self.expert(number, rows.index_select(0, tokens)))
+            y.index_add_(0, tokens, self.expert(number, rows.index_select(0, tokens)))
         return y
 
 
@@ -102,7 +102,11 @@ def _classes(plain):
         "factor_layers": (),
     }
     config = strict(type(f"Factor{name}Config", (plain_config,), words))
-    model = type(f"Factor{name}ForCausalLM", (Factorised, plain_model), {"__module__": __name__, "config_class": config})
+    about = (
+        f"{plain_model.__name__} with experts of which some run for each token in place of feed-forward networks; `factorize` makes one."
+    )
+    words = {"__module__": __name__, "__doc__": about, "config_class": config}
+    model = type(f"Factor{name}ForCausalLM", (Factorised, plain_model), words)
     config.register_for_auto_class("AutoConfig")
     model.register_for_auto_class("AutoModelForCausalLM")  # `save_pretrained` writes this file beside the weights
     return config, model

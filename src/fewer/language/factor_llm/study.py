@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewer.language._shared.timing import one_thread
+from fewer.language._shared.timing import one_thread, writing_seconds
 from fewer.language._shared.trained import DATA_HELP, TEXT_HELP, Trained, trained
 from fewer.language.cfsp import calibrate, prune, recover
 from fewer.language.factor_llm.adaptation import AdaptConfig, adapt
@@ -49,6 +49,7 @@ study = Study(
         Figure("tokens", "tokens tuned on", ""),
         Figure("trained", "parameters that are trained", ""),
         Figure("parameters", "parameters"),
+        Figure("writing_cpu_seconds", "processor time to write 32 tokens", "s"),
         Figure("writing_share", "time of a wide network for one token / dense", "x"),
         Figure("training_loss", "training loss (nats)", "", "lower", detail=True),
     ],
@@ -96,15 +97,16 @@ def judge(task: Task, trial: Trial, model: Any, k: int = TOP_K) -> None:
     if k == TOP_K:
         trial.log("flops", ffn_flops(model))
         trial.log("parameters", sum(each.numel() for each in model.parameters()))
+        trial.log("writing_cpu_seconds", writing_seconds(model, task.test[None, :16].to(trial.device)))
 
 
 def ffn_flops(model: Any) -> float:
-    """Operations of all feed-forward networks for a token, routers too, counted."""
-    x = torch.randn(1, model.config.hidden_size, device=model.device)
+    """Operations of all feed-forward networks for a token, routers too, counted (over several: one token's products are not counted)."""
+    x = torch.randn(WINDOW, model.config.hidden_size, device=model.device)
     with count_flops() as flops, torch.no_grad():
         for layer in model.model.layers:
             layer.mlp(x)
-    return float(flops.total)
+    return flops.total / WINDOW
 
 
 def routed(model: Any, k: int = TOP_K) -> Any:
@@ -117,7 +119,7 @@ def routed(model: Any, k: int = TOP_K) -> Any:
 @torch.no_grad()
 def agreement(task: Task, model: Any) -> float:
     """The share of a token's two experts that its label names, over layers, on unseen text; the dense network is the experts' sum."""
-    rows = task.test[: 16 * WINDOW].reshape(-1, WINDOW).to(model.device)
+    rows = task.test[: len(task.test) // WINDOW * WINDOW].reshape(-1, WINDOW)[:16].to(model.device)
     right = []
     model.train()
     try:
@@ -148,8 +150,7 @@ def random_router(task: Task, trial: Trial) -> None:
     for k in (1, 2, 3):
         judge(task, trial, routed(model, k), k)
     trial.log("agreement", agreement(task, routed(model)))
-    if trial.seed == 0:
-        trial.log("writing_share", writing_share())
+    trial.log("writing_share", writing_share())
 
 
 def run_oracle(task: Task, trial: Trial, which: Any) -> None:
@@ -171,18 +172,17 @@ study.arm_table(
 )
 
 
-def tune(task: Task, trial: Trial, **words: Any) -> None:
+def tune(task: Task, trial: Trial, phases: str, **words: Any) -> None:
     """Train by the same budget of tokens; what is trained, and by which loss, is the arm's."""
     model = task.cut(trial)
-    config = task.config(trial.seed, **words)
-    if words.get("router_steps") is True:  # routers alone for the whole budget
-        config = dataclasses.replace(config, router_steps=task.steps)
+    config = task.config(trial.seed, router_steps={"both": None, "routers": task.steps, "experts": 0}[phases], **words)
     told = trial.follow("training_loss", total=task.steps, text="loss", over="step")
     with one_thread(), trial.measure("tune") as cost:
         done = adapt(model, task.given.train, task.steps, config, tell=lambda _, loss: told(loss))
-    alone = config.router_steps == task.steps
-    parts = [mlp.router if alone else mlp for mlp in experts_of(model)]
-    log_tuning(trial, cost, done.tokens, sum(each.numel() for part in parts for each in part.parameters()))
+    mixtures = experts_of(model)
+    routers = sum(each.numel() for mlp in mixtures for each in mlp.router.parameters())
+    whole = sum(each.numel() for mlp in mixtures for each in mlp.parameters())
+    log_tuning(trial, cost, done.tokens, {"both": whole, "routers": routers, "experts": whole - routers}[phases])
     judge(task, trial, model)
     trial.log("agreement", agreement(task, model))
 
@@ -196,9 +196,9 @@ def log_tuning(trial: Trial, cost: Any, tokens: int, parameters: int) -> None:
 study.arm_table(
     tune,
     {
-        "router-only": {"router_steps": True, "label": "routers alone (PA)"},
-        "released": {"router_steps": 0, "pa_weight": 0.0, "label": "experts alone, random router (as released)"},
-        "factor-llm": {"label": "routers (PA), then all"},
+        "router-only": {"phases": "routers", "label": "routers alone (PA)"},
+        "released": {"phases": "experts", "pa_weight": 0.0, "label": "experts alone, random router (as released)"},
+        "factor-llm": {"phases": "both", "label": "routers (PA), then all"},
     },
 )
 
@@ -232,6 +232,7 @@ def wide_pair(top_k: int, hidden_size: int, intermediate_size: int) -> tuple[Fac
     experts = FactorizedMLP(hidden_size, intermediate_size, EXPERTS, top_k).eval()
     for weight in (experts.gate_up, experts.down):
         torch.nn.init.normal_(weight, std=0.02)
+    torch.nn.init.zeros_(experts.router.bias)  # a peer's router has none
     return experts, llama_mlp(hidden_size, intermediate_size)
 
 
