@@ -33,6 +33,7 @@ STEPS = {Scale.QUICK: 60, Scale.FULL: 10_000}
 BATCH, WINDOW = 4, 128
 HELD_OUT = {Scale.QUICK: 16_384, Scale.FULL: 200_000}  # tokens
 TUNED = AdaptConfig(lr=3e-4, warm_up=6, batch=BATCH, window=WINDOW)  # 4e-5, the released rate, moves nothing in 60 steps
+RELEASED_LR = 1e-3  # the best of 3e-4, 1e-3 and 2e-3 for this recipe, on text that no arm is judged on; for the others 3e-4 is
 ALL: dict[str, Any] = {"k": TOP_K}
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632}  # TinyLlama's, for the clock
 
@@ -175,6 +176,8 @@ study.arm_table(
 def tune(task: Task, trial: Trial, phases: str, **words: Any) -> None:
     """Train by the same budget of tokens; what is trained, and by which loss, is the arm's."""
     model = task.cut(trial)
+    if task.scale is Scale.FULL:
+        words.pop("lr", None)  # the released recipe's own
     config = task.config(trial.seed, router_steps={"both": None, "routers": task.steps, "experts": 0}[phases], **words)
     told = trial.follow("training_loss", total=task.steps, text="loss", over="step")
     with one_thread(), trial.measure("tune") as cost:
@@ -182,22 +185,22 @@ def tune(task: Task, trial: Trial, phases: str, **words: Any) -> None:
     mixtures = experts_of(model)
     routers = sum(each.numel() for mlp in mixtures for each in mlp.router.parameters())
     whole = sum(each.numel() for mlp in mixtures for each in mlp.parameters())
-    log_tuning(trial, cost, done.tokens, {"both": whole, "routers": routers, "experts": whole - routers}[phases])
+    log_tuning(trial, cost, done.tokens)
+    trial.log("trained", {"both": whole, "routers": routers, "experts": whole - routers}[phases])
     judge(task, trial, model)
     trial.log("agreement", agreement(task, model))
 
 
-def log_tuning(trial: Trial, cost: Any, tokens: int, parameters: int) -> None:
+def log_tuning(trial: Trial, cost: Any, tokens: int) -> None:
     trial.log("cpu_seconds", cost.figures()["cpu_seconds"])
     trial.log("tokens", tokens)
-    trial.log("trained", parameters)
 
 
 study.arm_table(
     tune,
     {
         "router-only": {"phases": "routers", "label": "routers alone (PA)"},
-        "released": {"phases": "experts", "pa_weight": 0.0, "label": "experts alone, random router (as released)"},
+        "released": {"phases": "experts", "pa_weight": 0.0, "lr": RELEASED_LR, "label": "experts alone, random router (as released)"},
         "factor-llm": {"phases": "both", "label": "routers (PA), then all"},
     },
 )
@@ -210,10 +213,10 @@ def pruned(task: Task, trial: Trial) -> None:
     report = prune(model, calibrate(model, draw_windows(task.given.train, 16, 256, draw).split(8)), 0.5, multiple_of=16)
     told = trial.follow("training_loss", total=task.steps, text="loss", over="step")
     words: dict[str, Any] = {"scores": report.scores, "batch": BATCH, "window": WINDOW, "seed": trial.seed}
-    before = sum(each.numel() for each in model.parameters())
     with one_thread(), trial.measure("tune") as cost:
         recover(model, task.given.train, task.steps, tell=lambda _, loss: told(loss), **words)
-    log_tuning(trial, cost, task.steps * BATCH * WINDOW, before)
+    log_tuning(trial, cost, task.steps * BATCH * WINDOW)
+    trial.note("trained", "adapters of low rank, merged")
     judge(task, trial, model)
 
 
@@ -271,7 +274,8 @@ def below_pruned(results: Results) -> Any:
 @study.claim(
     "Untouched, an oracle of pairs loses no more than one of single experts, and that no more than a random router",
     paper="labels rank the experts that resemble the dense network (eq. 5)",
-    if_fails="the nearest single experts are nearly alike, and a sum of like ones is farther from the dense network than of unlike ones",
+    if_fails="the nearest pair is nearer to the dense output, as it must be, but the single experts' sum, too long, points more nearly its way; "
+    "the model's norms forgive a length and no direction",
 )
 def oracles_in_order(results: Results) -> Any:
     random = results.mean("loss", "random-router", **ALL)
@@ -279,7 +283,11 @@ def oracles_in_order(results: Results) -> Any:
     return (results.mean("loss", "oracle-subset", **ALL) <= single) & (random >= single) & (random >= pair)
 
 
-@study.claim("They win back at least 85 % of what the untouched model with random routers lost", paper="up to 85 % of the benchmarks kept")
+@study.claim(
+    "They win back at least 85 % of what the untouched model with random routers lost",
+    paper="up to 85 % of the benchmarks kept",
+    if_fails="even an oracle that follows every label leaves much of the loss, and the tuning is short",
+)
 def wins_back(results: Results) -> Any:
     return gap(results, "factor-llm") >= 0.85
 
