@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from small_mixture import ENDS
 
 from fewer.diffusion._shared.problems import mixture_flow, random_mixture
@@ -27,3 +28,19 @@ def noise():
 @pytest.fixture
 def flow(mixture):
     return mixture_flow(mixture, *ENDS)
+
+
+@pytest.fixture(scope="session")
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    return net.eval().requires_grad_(False)
