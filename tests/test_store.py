@@ -318,6 +318,17 @@ def test_a_damaged_store_is_told_in_one_line(path, damage):
         read_all(path)
 
 
+def test_noise_that_sqlite_quotes_in_its_words_is_told_as_damage(tmp_path):
+    path = tmp_path / "noise.sqlite"
+    with Store(path, write=True) as store:
+        fill(store, spec(), 0.25)
+    raw = path.read_bytes()
+    assert raw.count(b"CREATE TABLE trials") == 1
+    path.write_bytes(raw.replace(b"CREATE TABLE trials", b"CREATE \x80ABLE trials"))
+    with pytest.raises(UserError, match=r"^--store [^\n]*$"):
+        read_all(path)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_noise_in_a_stores_bytes_is_read_or_refused_in_one_line(tmp_path, data):

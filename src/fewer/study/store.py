@@ -80,6 +80,10 @@ class Tuning(msgspec.Struct, frozen=True):
     date: str
 
 
+# What SQLite says of a damaged file; its words may quote the damage, and are then no text
+BROKEN = (sqlite3.Error, UnicodeDecodeError)
+
+
 class Store:
     """A store opened for reading, or by its one writer.
 
@@ -97,7 +101,7 @@ class Store:
         self._check_path(write)
         try:
             self._open(write)
-        except sqlite3.Error as error:
+        except BROKEN as error:
             self.close()
             raise _plainly(self.path, error) from error
         except UserError:
@@ -172,7 +176,7 @@ class Store:
         """The rows of a query; UserError where the file cannot be read."""
         try:
             return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as error:
+        except BROKEN as error:
             raise _plainly(self.path, error) from error
 
     def _read(self, row: Callable[[], T], what: str) -> T:
@@ -215,12 +219,12 @@ class Store:
             yield self._db
             self._db.execute("COMMIT")
             self._committed = time.monotonic()
-        except sqlite3.Error as error:
+        except BROKEN as error:
             self._roll_back()
             raise _plainly(self.path, error) from error
 
     def _roll_back(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*BROKEN):
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
 
@@ -255,7 +259,7 @@ class Store:
             if time.monotonic() - self._committed > COMMIT_EVERY:
                 self._db.execute("COMMIT")
                 self._committed = time.monotonic()
-        except sqlite3.Error as error:
+        except BROKEN as error:
             self._roll_back()
             raise _plainly(self.path, error) from error
 
@@ -378,7 +382,7 @@ def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(dict(value), sort_keys=True)
 
 
-def _plainly(path: Path, error: sqlite3.Error) -> UserError:
+def _plainly(path: Path, error: Exception) -> UserError:
     """What an SQLite error means for the user."""
     text = str(error)
     if "not a database" in text:
