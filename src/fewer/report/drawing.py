@@ -100,7 +100,16 @@ def styled(drawn: Any) -> Any:
     return drawn.configure(
         background="transparent",
         font="sans-serif",
-        axis=text | {"gridColor": INK, "gridOpacity": 0.12, "domainColor": INK, "domainOpacity": 0.4, "tickColor": INK, "tickOpacity": 0.4},
+        axis=text
+        | {
+            "titlePadding": SLACK // 2,
+            "gridColor": INK,
+            "gridOpacity": 0.12,
+            "domainColor": INK,
+            "domainOpacity": 0.4,
+            "tickColor": INK,
+            "tickOpacity": 0.4,
+        },
         legend=text | {"symbolSize": 110, "symbolOpacity": 1},
         title={"color": INK, "fontSize": FONT, "anchor": "start", "fontWeight": "bold"},
         view={"stroke": None},
