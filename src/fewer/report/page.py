@@ -29,7 +29,7 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
     Raises:
         OSError, ValueError: the folder holds something that is no report's, or cannot be written.
     """
-    environment = _templates()
+    environment, makers = _templates(), _makers()
     with made_whole(folder, overwrite=True) as part:
         (part / "methods").mkdir()
         index = environment.get_template("index.html").render(
@@ -42,7 +42,7 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
         (part / "index.html").write_text(index, encoding="utf8")
         template = environment.get_template("method.html")
         for card, record in entries:
-            name, made_of = Path("methods", f"{card.slug}.html"), _made_of(card, record)
+            name, made_of = Path("methods", f"{card.slug}.html"), _made_of(card, record, makers)
             page = _former(folder / name, made_of)
             if page is None:
                 columns = terminal.tabled(record) if record else []
@@ -51,11 +51,15 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
     return folder / "index.html"
 
 
-def _made_of(card: Card, record: Record | None) -> str:
-    """A digest of all that a method's page is made of, the code and the templates that make it too."""
+def _makers() -> bytes:
+    """The code and the templates that make pages."""
     room = sorted(file for file in Path(__file__).parent.rglob("*") if file.suffix in (".py", ".html", ".css"))
-    parts = [fewer.__version__.encode(), msgspec.json.encode(card), msgspec.json.encode(record), *(file.read_bytes() for file in room)]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+    return b"\0".join([fewer.__version__.encode(), *(file.read_bytes() for file in room)])
+
+
+def _made_of(card: Card, record: Record | None, makers: bytes) -> str:
+    """A digest of all that a method's page is made of."""
+    return hashlib.sha256(b"\0".join([makers, msgspec.json.encode(card), msgspec.json.encode(record)])).hexdigest()
 
 
 def _former(file: Path, made_of: str) -> str | None:

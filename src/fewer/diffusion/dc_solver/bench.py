@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-from fewer.diffusion.dc_solver.problems import SEARCH_SEED, TEST_SEED, digits
+from fewer.diffusion.dc_solver.problems import SEARCH_SEED, digits
 from fewer.diffusion.dc_solver.scheduler import DCSolverMultistepScheduler
 from fewer.diffusion.dc_solver.search import search_ratios
 from fewer.study import Bench
@@ -59,15 +59,8 @@ def searches() -> tuple[Callable[[], object], Callable[[], object], Callable[[ob
     def search(optimizer: str) -> Callable[[], object]:
         return lambda: search_ratios(model, noise, reference, network.scheduler(), CALLS, optimizer=optimizer)
 
-    @torch.no_grad()
     def error(ratios: object) -> float:
-        x, condition = network.drawn(network.noises, TEST_SEED)
-        judged, exact = network.model(1.0, condition), network.reference(1.0, x, condition).states[-1]
-        scheduler = network.scheduler(ratios=ratios)
-        scheduler.set_timesteps(CALLS)
-        for t in scheduler.timesteps:
-            x = scheduler.step(judged(x, t), t, x, return_dict=False)[0]
-        return float((x - exact).square().mean())
+        return network.error(network.scheduler(ratios=ratios), CALLS, 1.0)
 
     return search("brent"), search("adamw"), error
 

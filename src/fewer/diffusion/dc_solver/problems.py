@@ -84,9 +84,9 @@ class Network:
         noise = torch.randn(count, *self.shape, generator=draw)
         return noise, self.condition(count, None if in_turn else draw)
 
-    def reference(self, scale: float, noise: Tensor, condition: Condition, calls: Sequence[int] = ALL_CALLS, **words: Any) -> Trajectory:
+    def reference(self, scale: float, noise: Tensor, condition: Condition, calls: Sequence[int] = ALL_CALLS) -> Trajectory:
         """999 steps of DDIM from these noises, kept at every sampling time of these numbers of calls."""
-        scheduler = self.scheduler(**words)
+        scheduler = self.scheduler()
         times, sigmas = sampling_levels(scheduler, calls)
         said = {name: float(value.double().sum()) for name, value in condition.items()}
         what: dict[str, object] = {
@@ -103,6 +103,16 @@ class Network:
             lambda: reference_trajectory(self.model(scale, condition), noise, scheduler, calls).states.contiguous(),
         )
         return Trajectory(times, sigmas, states.to(noise))
+
+    @torch.no_grad()
+    def error(self, scheduler: Any, calls: int, scale: float) -> float:
+        """Mean squared distance to the converged images after so many calls by a scheduler of diffusers, from the noises of `TEST_SEED`."""
+        noise, condition = self.drawn(self.noises, TEST_SEED)
+        model, x = self.model(scale, condition), noise
+        scheduler.set_timesteps(calls)
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t), t, x, return_dict=False)[0]
+        return float((x - self.reference(scale, noise, condition).states[-1]).square().mean())
 
 
 def digits() -> Network:
