@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from hosts import write_pipelines
 from small_mixture import ENDS
 
 from fewer.diffusion._shared.problems import mixture_flow, random_mixture
@@ -44,3 +45,11 @@ def unet() -> UNet2DModel:
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """Directories of tiny pipelines: "plain", "labels", "dit" (with labels), "text"."""
+    root = tmp_path_factory.mktemp("pipelines")
+    write_pipelines(root)
+    return root

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from small_mixture import ENDS, typical
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from fewer.diffusion._shared.peers import PEERS, by_diffusers, by_heun, errors_after, solve_by
 from fewer.diffusion._shared.pipelines import GUIDANCE, open_pipeline
@@ -81,47 +73,6 @@ def test_the_error_after_calls_is_the_distance_to_the_reference(flow, noise):
 
 
 # A user's own pipeline
-
-U_NET = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
-BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-CROSS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """Directories of tiny models of each kind."""
-    root = tmp_path_factory.mktemp("pipelines")
-    torch.manual_seed(0)
-    parts = {
-        "plain/unet": UNet2DModel(in_channels=1, out_channels=1, **U_NET, **BLOCKS),
-        "plain/scheduler": DDPMScheduler(num_train_timesteps=200, beta_end=0.1),
-        "labels/unet": UNet2DModel(in_channels=1, out_channels=1, num_class_embeds=5, **U_NET, **BLOCKS),
-        "labels/scheduler": DDPMScheduler(prediction_type="v_prediction"),
-        "dit/transformer": DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=6
-        ),
-        "dit/scheduler": DDIMScheduler(),
-        "dit/vae": AutoencoderKL(
-            block_out_channels=(4, 4), norm_num_groups=4, latent_channels=4, sample_size=16,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        ),
-        "text/unet": UNet2DConditionModel(in_channels=4, out_channels=4, cross_attention_dim=8, attention_head_dim=8, **U_NET, **CROSS),
-        "text/scheduler": DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
-        "text/text_encoder": CLIPTextModel(
-            CLIPTextConfig(vocab_size=54, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                           max_position_embeddings=16, bos_token_id=0, eos_token_id=1)
-        ),
-    }  # fmt: skip
-    for folder, part in parts.items():
-        part.save_pretrained(root / folder)
-    letters = [chr(97 + i) for i in range(26)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    (root / "text" / "tokenizer").mkdir()
-    (root / "text" / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (root / "text" / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    (root / "text" / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
-    return root
 
 
 @pytest.mark.parametrize(("kind", "guided"), [("plain", False), ("labels", False), ("dit", True), ("text", True)])

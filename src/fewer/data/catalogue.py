@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
-from fewer.data import graph_sets, image_sets, pretrained, text_sets
+from fewer.data import graph_sets, image_sets, motion_sets, operator_sets, pretrained, sequence_sets, text_sets, video_sets
 from fewer.data.declarations import DataSet, File
 from fewer.data.fetching import locate, obtain
 from fewer.errors import UserError
 from fewer.papers import did_you_mean
 
-SETS = (*image_sets.SETS, *graph_sets.SETS, *text_sets.SETS, *pretrained.SETS)
+SETS = (
+    *image_sets.SETS, *graph_sets.SETS, *text_sets.SETS, *sequence_sets.SETS, *motion_sets.SETS, *operator_sets.SETS, *video_sets.SETS,
+    *pretrained.SETS,
+)  # fmt: skip
 
 
 class Found(msgspec.Struct, frozen=True):

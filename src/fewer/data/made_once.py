@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
 from fewer.data.fetching import cache_folder, checksum
-from fewer.files import swap_in
+from fewer.files import read_json, swap_in, whole_file
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 WEIGHTS = "model.safetensors"
+Figures = TypeVar("Figures", bound="DataclassInstance")
 
 
 def folder_of(kind: str, name: str, what: Mapping[str, Any]) -> Path:
@@ -53,3 +58,30 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             (part / "DONE").write_text(checksum(part / WEIGHTS))
             swap_in(part, folder)
     return folder
+
+
+def measured_once(
+    folder: Path, read: Callable[[dict[str, Any]], Figures], measure: Callable[[], Figures], *, fresh: bool = False
+) -> Figures:
+    """Figures of this machine: those in the cache, or measured and kept there.
+
+    What is there in another form, or cut off, is measured again; where nothing can be kept, each process measures anew.
+
+    Args:
+        folder: as `folder_of` names it; the figures are the JSON file beside it.
+        read: the kept object -> the figures, a dataclass; KeyError, TypeError or ValueError where it is of another form.
+        fresh: measure in any case.
+    """
+    file = folder.with_suffix(".json")
+    if not fresh:
+        try:
+            return read(read_json(file))
+        except (OSError, KeyError, TypeError, ValueError):
+            pass
+    found = measure()
+    try:
+        with whole_file(file, overwrite=True) as part:
+            part.write_text(json.dumps(asdict(found)) + "\n", encoding="utf8")
+    except OSError:
+        pass
+    return found

@@ -90,7 +90,8 @@ def fit_steps(
     rates = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     for step, batch in zip(range(steps), _round_and_round(batches), strict=False):
-        loss = loss_of(*batch) if isinstance(batch, tuple) else loss_of(batch)
+        with torch.enable_grad():  # whoever only asks for a trained model may stand in no_grad
+            loss = loss_of(*batch) if isinstance(batch, tuple) else loss_of(batch)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
                 f"the loss is {value} in step {step + 1}; expected a finite number, the state before is kept: try a lower lr"

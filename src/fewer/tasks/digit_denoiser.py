@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewer.fitting import MovingAverage, up_and_down
+
+Denoiser = TypeVar("Denoiser", bound=nn.Module)
 SIGMA_DATA = 0.5
 FREQUENCIES = 32
 EMBEDDING = 128
@@ -119,33 +123,45 @@ def draw_sigma(recipe: DenoiserRecipe, count: int, generator: torch.Generator) -
 
 def lr_at(recipe: DenoiserRecipe, step: int) -> float:
     """Up in a line, then down in a line to zero."""
-    return recipe.lr * min((step + 1) / recipe.warm_up, (recipe.steps - step) / max(1, recipe.steps - recipe.warm_up))
+    return recipe.lr * up_and_down(recipe.steps, recipe.warm_up)(step)
 
 
 def train_denoiser(recipe: DenoiserRecipe, images: Tensor, labels: Tensor, tell: Callable[[int, int, str], None]) -> DigitDenoiser:
     """Train on images [N, 1, side, side] in [-1, 1] with labels [N]; the moving average of the weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model, averaged = DigitDenoiser(recipe), DigitDenoiser(recipe)
-    averaged.load_state_dict(model.state_dict())
-    averaged.requires_grad_(False)
-    draw = torch.Generator().manual_seed(recipe.seed)
+        model = DigitDenoiser(recipe)
+
+    def batch(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(images), (recipe.batch,), generator=draw)
+        return images[rows], labels[rows]
+
+    return fit_denoiser(model, recipe, batch, tell, "the digits' diffusion model")
+
+
+def fit_denoiser(
+    model: Denoiser,
+    recipe: DenoiserRecipe,
+    batch: Callable[[torch.Generator], tuple[Tensor, ...]],
+    tell: Callable[[int, int, str], None],
+    name: str,
+) -> Denoiser:
+    """EDM's training. `batch` draws (clean images, labels, and what else the model is told); the average of the weights, in eval mode."""
+    average, draw = MovingAverage(model, recipe.ema), torch.Generator().manual_seed(recipe.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
     for step in range(recipe.steps):
-        rows = torch.randint(len(images), (recipe.batch,), generator=draw)
-        clean, sigma = images[rows], draw_sigma(recipe, recipe.batch, draw)
+        clean, labels, *told = batch(draw)
+        sigma = draw_sigma(recipe, recipe.batch, draw)
         noisy = clean + sigma[:, None, None, None] * torch.randn(clean.shape, generator=draw)
         dropped = torch.rand(recipe.batch, generator=draw) < recipe.label_dropout
-        error = model(noisy, sigma, labels[rows].masked_fill(dropped, -1)) - clean
+        error = model(noisy, sigma, labels.masked_fill(dropped, -1), *told) - clean
         loss = (loss_weight(sigma) * error.square().flatten(1).mean(1)).mean()
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(recipe, step)
         optimizer.step()
-        decay = min(recipe.ema, (1 + step) / (10 + step))
-        for mean, weight in zip(averaged.parameters(), model.parameters(), strict=True):
-            mean.lerp_(weight.detach(), 1 - decay)
+        average.update(model)
         if step % 50 == 0:
-            tell(step, recipe.steps, f"the digits' diffusion model learns: loss {loss.item():.3f}")
-    return averaged.eval()
+            tell(step, recipe.steps, f"{name} learns: loss {loss.item():.3f}")
+    return cast(Denoiser, average.model)

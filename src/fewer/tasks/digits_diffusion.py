@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from fewer.data import load_digits, load_mnist
 from fewer.data.fetching import cache_folder
 from fewer.data.made_once import WEIGHTS, folder_of, made_once
+from fewer.devices import one_thread
 from fewer.errors import UserError
 from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser, train_denoiser
 from fewer.tasks.digit_features import DigitFeatures, train_features
 from fewer.tasks.digit_sampling import Denoise, unipc
+from fewer.tasks.tile_denoiser import TileDenoiser, TileRecipe, train_tiles
 
 VERSION = 1  # of all that is not in the recipe: raise it when the code trains another model from the same settings
 DIGITS_FOR_TRAINING = 1400  # of scikit-learn's 1,797
@@ -29,6 +31,7 @@ RECIPES = {
     "digits8": DenoiserRecipe(side=8, width=256, ema=0.995),
     "mnist16": DenoiserRecipe(side=16, width=512, classes=10),  # 2.07 million parameters
     "mnist28": DenoiserRecipe(side=28, width=768, classes=10, steps=6000),
+    "mnist_tiles": TileRecipe(),  # 458,000 parameters; its images have 32 x 32 pixels, twice the side that it was trained on
 }
 
 
@@ -68,13 +71,14 @@ class DigitsDiffusion:
     """A diffusion model of digits and what belongs to it.
 
     Attributes:
-        kind: "digits8", "mnist16" or "mnist28".
-        denoiser: D(x [B, 1, side, side], sigma, label [B] or None), x = clean + sigma * noise.
+        kind: one of `RECIPES`.
+        denoiser: D(x [B, 1, side, side], sigma, label [B] or None), x = clean + sigma * noise; of "mnist_tiles" a `TileDenoiser`, which
+            takes more and any size.
         folder: where it is kept.
     """
 
     kind: str
-    denoiser: DigitDenoiser
+    denoiser: DigitDenoiser | TileDenoiser
     folder: Path
 
     @property
@@ -84,7 +88,8 @@ class DigitsDiffusion:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of one image."""
-        return (1, self.recipe.side, self.recipe.side)
+        side = self.recipe.side * (2 if self.kind == "mnist_tiles" else 1)
+        return (1, side, side)
 
     def data(self, split: str) -> tuple[Tensor, Tensor]:
         """(images [N, 1, side, side] in [-1, 1], labels [N]) of "train" or "test"; the test images were not trained on."""
@@ -92,7 +97,7 @@ class DigitsDiffusion:
 
     def epsilon(self, schedule: Schedule) -> EpsilonModel:
         """The model as a noise predictor on a schedule."""
-        return EpsilonModel(self.denoiser, schedule, self.recipe.side)
+        return EpsilonModel(self.denoiser, schedule, self.shape[-1])
 
     def guided(self, scale: float, label: Tensor) -> Denoise:
         """D with classifier-free guidance towards labels [B]: no label's answer plus `scale` times the way to the label's. Two calls in one."""
@@ -110,7 +115,12 @@ class DigitsDiffusion:
         """Where noises x [B, 1, side, side] of deviation 80 end at 0.02: 300 steps of diffusers' UniPC, kept on disk.
 
         Without `scale` the label (or none) is given as it is; with it the model is guided.
+
+        Raises:
+            ValueError: "mnist_tiles", which has no trajectory to be judged by at the size of its images.
         """
+        if self.kind == "mnist_tiles":
+            raise ValueError("mnist_tiles has no reference; expected another kind: it was never trained at the size of its images")
         given = [x.numpy().tobytes(), repr(scale).encode(), b"" if label is None else label.numpy().tobytes()]
         key = hashlib.sha256(b"\0".join([self.folder.name.encode(), *given])).hexdigest()[:16]
 
@@ -156,11 +166,16 @@ def load_digits_diffusion(kind: str = "mnist16", tell: Callable[[int, int, str],
     recipe = RECIPES[kind]
 
     def make(folder: Path) -> None:
-        model = train_denoiser(recipe, images, labels, tell or (lambda step, steps, words: None))
+        said = tell or (lambda step, steps, words: None)
+        if isinstance(recipe, TileRecipe):
+            with one_thread():  # small convolutions: two threads that share a machine are slower than one
+                model = train_tiles(recipe, images, labels, said)
+        else:
+            model = train_denoiser(recipe, images, labels, said)
         save_file(model.state_dict(), folder / WEIGHTS)
 
     folder = made_once(folder_of("digits-diffusion", kind, _what(recipe, images)), make)
-    denoiser = DigitDenoiser(recipe)
+    denoiser = TileDenoiser(recipe) if isinstance(recipe, TileRecipe) else DigitDenoiser(recipe)
     denoiser.load_state_dict(load_file(folder / WEIGHTS))
     return DigitsDiffusion(kind, denoiser.eval().requires_grad_(False), folder)
 
@@ -189,7 +204,7 @@ def digit_images(kind: str, split: str) -> tuple[Tensor, Tensor]:
     """(images [N, 1, side, side] in [-1, 1], labels int64 [N]).
 
     digits8 are scikit-learn's, 1,400 for training and 397 for test; mnist28 is MNIST; mnist16 is MNIST with a margin of two pixels, each
-    square of four pixels averaged.
+    square of four pixels averaged; mnist_tiles is MNIST with that margin.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
@@ -200,6 +215,8 @@ def digit_images(kind: str, split: str) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(digits.x[rows]).float().div(8).sub(1).unsqueeze(1), torch.from_numpy(digits.y[rows])
     images = load_mnist("train" if split == "train" else "test")
     pixels = torch.from_numpy(images.x).float().div(127.5).sub(1).unsqueeze(1)
+    if kind in ("mnist16", "mnist_tiles"):
+        pixels = F.pad(pixels, (2, 2, 2, 2), value=-1.0)
     if kind == "mnist16":
-        pixels = F.avg_pool2d(F.pad(pixels, (2, 2, 2, 2), value=-1.0), 2)
+        pixels = F.avg_pool2d(pixels, 2)
     return pixels, torch.from_numpy(images.y)

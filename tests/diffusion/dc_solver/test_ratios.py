@@ -44,6 +44,12 @@ def test_a_fit_recovers_the_polynomial_that_made_the_ratios():
         assert predicted[2:] == pytest.approx(wanted, rel=1e-6)
 
 
+def test_a_prediction_is_the_triple_sum_with_the_released_order_of_powers():
+    polynomial = CascadePolynomial(COEFFICIENTS, (5, 20), (1.0, 7.5))
+    for steps, scale in ((5, 1.0), (12, 4.0)):
+        assert polynomial.predict(steps, scale)[2:] == pytest.approx([explicit(COEFFICIENTS, i, scale, steps) for i in range(3, steps + 1)])
+
+
 def test_settings_that_determine_too_little_are_told_and_still_predict_themselves():
     with pytest.warns(UserWarning, match="determine 33 of 36 coefficients"):
         fitted = CascadePolynomial.fit(noiseless((5, 8, 10), (1.0, 4.0, 7.5)))

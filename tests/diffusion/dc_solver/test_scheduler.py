@@ -116,6 +116,7 @@ def test_every_dtype_gives_its_samples(order):
     scheduler = DCSolverMultistepScheduler(solver_order=order, ratios=RATIOS)
     exact = sampled(scheduler, 6, noises())
     assert exact.dtype == torch.float64
+    assert {each.dtype for each in (scheduler._state.x, *scheduler._state.outputs)} == {torch.float64}, "kept as finely as given"
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 2e-1)):
 
         def model(x, t):

@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
@@ -19,6 +18,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from exact_flows import error, flow, grid
+from hosts import text_unet
 
 from fewer.diffusion import EMS, DPMSolverV3Scheduler, SolverConfig, estimate_ems, model_hash, sample
 from fewer.diffusion._shared import GaussianMixture, NoiseSchedule, as_epsilon
@@ -195,18 +195,7 @@ def test_from_the_middle_of_its_times_it_is_a_fresh_start_there(unet, ems):
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
 def test_diffusers_own_pipelines_that_begin_in_the_middle_run_with_it(kind):
     torch.manual_seed(0)
-    net = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
+    net = text_unet()
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
     base = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False)
     schedule = NoiseSchedule.from_diffusers(base)
@@ -239,6 +228,15 @@ def test_what_is_painted_over_between_steps_stays_so_under_the_corrector(ems):
     assert scheduler._solver.x is not None
     assert torch.equal(scheduler._solver.x[..., :4], painted[..., :4])
     assert not torch.isclose(scheduler._solver.x[..., 4:], x[..., 4:]).any(), "the rest is corrected"
+
+
+def test_a_pipeline_is_saved_with_it_and_opened_again(unet, tmp_path):
+    schedule = NoiseSchedule.from_diffusers(DDPMScheduler())
+    scheduler = DPMSolverV3Scheduler.from_config(DDPMScheduler().config, ems=EMS.data_prediction(grid(120, schedule)))
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    again = DDPMPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is DPMSolverV3Scheduler
+    assert torch.equal(again.scheduler.ems.l, scheduler.ems.l)
 
 
 # Half precision

@@ -150,7 +150,8 @@ class Pipeline:
             return torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(16)]) * vae.config["scaling_factor"]
 
     def call(self, x: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
-        return self.network(x, timestep.to(x.device).expand(len(x)), **condition).sample
+        """What the network says at a training time; a variance that it learned beside it is left out."""
+        return self.network(x, timestep.to(x.device).expand(len(x)), **condition).sample[:, : x.shape[1]]
 
     def _flow(self, denoise: Denoise, what: dict[str, object]) -> Flow:
         sigma_max, sigma_min = self.ends

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from jaxtyping import Float, Float64
 from torch import Tensor
 
@@ -17,7 +17,7 @@ SAME_TIME = 1e-3  # of a training step: two times that are nearer are one
 
 
 class FractionalTimeScheduler(SchedulerMixin, ConfigMixin):
-    """Times, turns and noise; a sampler adds `set_timesteps` and `step`.
+    """Times, turns, steps and noise; a sampler adds `set_timesteps` and `moved`.
 
     Attributes:
         schedule: the noise schedule.
@@ -80,6 +80,28 @@ class FractionalTimeScheduler(SchedulerMixin, ConfigMixin):
             expected = "none: all steps are taken" if index == steps else f"{float(self._times[index]):.6g}"
             raise ValueError(f"step at time {time:.6g}; expected {expected}. Call set_timesteps(n) before each sample")
         return index
+
+    def moved(self, index: int, model_output: Tensor, sample: Tensor) -> Float[Tensor, "B *shape"]:
+        """The sample at the end of the step of this index; where `_next` is None a sample begins with it."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        model_output: Float[Tensor, "B *shape"],
+        timestep: Tensor | float,
+        sample: Float[Tensor, "B *shape"],
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The sample at the next time. Steps are taken in the order of `timesteps`, from any of them on; nothing is drawn from `generator`.
+
+        Raises:
+            ValueError: before set_timesteps, after the last step, at another time than the next one, or what the class says.
+        """
+        index = self.turn(timestep)
+        moved = self.moved(index, model_output, sample)
+        self._next = index + 1
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)  # pyright: ignore[reportArgumentType] - a tensor
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The sample as it is."""

@@ -34,7 +34,7 @@ def interpolation_weights(times: Sequence[float], ratio: Any) -> list[Any]:
 def compensate(
     outputs: Sequence[Float[Tensor, "*shape"]], times: Sequence[float], ratio: float | Float[Tensor, ""]
 ) -> Float[Tensor, "*shape"]:
-    """m_i read off at t' = t_{i-1} + ratio (t_i - t_{i-1}) from the polynomial through the last K + 1 outputs (arXiv 2409.03755, Eq. 7).
+    """m_i read off at t' = t_{i-1} + ratio (t_i - t_{i-1}) from the polynomial through the last K + 1 outputs (arXiv 2409.03755).
 
     Args:
         outputs: K + 1 of them, newest first, K at least 1; any floating dtype.

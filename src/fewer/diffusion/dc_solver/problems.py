@@ -17,7 +17,7 @@ from fewer.diffusion._shared.problems import kept
 from fewer.diffusion.dc_solver.scheduler import DCSolverMultistepScheduler
 from fewer.diffusion.dc_solver.search import Model, Trajectory, reference_trajectory, sampling_levels
 from fewer.files import read_json
-from fewer.tasks import DigitsDiffusion, load_digits_diffusion
+from fewer.tasks import DigitsDiffusion, frechet_distance, load_digits_diffusion
 
 SCALES, UNSEEN = (1.0, 4.0, 7.5), ((7, 2.5), (9, 6.0), (7, 6.0))  # guidance that is searched; (calls, guidance) that never is
 CALLS = (5, 6, 8, 10)
@@ -105,14 +105,28 @@ class Network:
         return Trajectory(times, sigmas, states.to(noise))
 
     @torch.no_grad()
-    def error(self, scheduler: Any, calls: int, scale: float) -> float:
-        """Mean squared distance to the converged images after so many calls by a scheduler of diffusers, from the noises of `TEST_SEED`."""
+    def ends(self, scheduler: Any, calls: int, scale: float) -> Tensor:
+        """Where the noises of `TEST_SEED` end after so many calls by a scheduler of diffusers."""
         noise, condition = self.drawn(self.noises, TEST_SEED)
         model, x = self.model(scale, condition), noise
         scheduler.set_timesteps(calls)
         for t in scheduler.timesteps:
             x = scheduler.step(model(x, t), t, x, return_dict=False)[0]
-        return float((x - self.reference(scale, noise, condition).states[-1]).square().mean())
+        return x
+
+    def converged(self, scale: float) -> Tensor:
+        """Where the same noises end after 999 steps."""
+        return self.reference(scale, *self.drawn(self.noises, TEST_SEED)).states[-1]
+
+    def error(self, scheduler: Any, calls: int, scale: float) -> float:
+        """Mean squared distance of the ends to the converged ones."""
+        return float((self.ends(scheduler, calls, scale) - self.converged(scale)).square().mean())
+
+    def frechet(self, x: Tensor) -> float | None:
+        """Distance to held-out digits in the features of a classifier; None of a user's own model."""
+        if isinstance(self.source, Pipeline):
+            return None
+        return frechet_distance(self.source.features(x), self.source.features(self.source.data("test")[0]))
 
 
 def digits() -> Network:

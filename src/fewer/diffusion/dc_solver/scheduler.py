@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # noqa: F401 - pipelines that are opened look for it here
 from jaxtyping import Float
 from torch import Tensor
 

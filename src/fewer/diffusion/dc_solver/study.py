@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
+from fewer.diffusion._shared.pipelines import Pipeline
 from fewer.diffusion.dc_solver.problems import CALLS, SEARCH_SEED, TEST_SEED, UNSEEN, Network, digits, of_pipeline
 from fewer.diffusion.dc_solver.ratios import CascadePolynomial, Ratios
 from fewer.diffusion.dc_solver.search import search_ratios
@@ -39,6 +41,8 @@ study = Study(
         Figure("error", "scale 4, 8 calls", at=at(8, 4.0)),
         Figure("error", "scale 7.5, 5 calls", at=at(5, 7.5)),
         Figure("error", "MSE to the converged image"),
+        Figure("frechet", "Frechet distance to digits in a classifier's features, scale 1, 5 calls", at=at(5, 1.0)),
+        Figure("floor", "of as many real digits"),
         Figure("ratio", "ratio of a step, scale 1, 10 calls", "", ""),
         Figure("removed", "share of a step's squared error that its ratio took away, scale 1, 10 calls", "", "higher"),
         Figure("calls", "network calls of all searches"),
@@ -81,9 +85,12 @@ def settings_of(network: Network, first_scale_only: bool = False) -> list[Settin
 
 
 def judge(network: Network, trial: Trial, sampler: Sampler, settings: list[Setting]) -> None:
-    """Log the error at each setting."""
-    for setting in settings:
-        trial.log("error", network.error(sampler(*setting), *setting), **at(*setting))
+    """Log the error at each setting, and without guidance also how far the images are from held-out digits."""
+    for calls, scale in settings:
+        x = network.ends(sampler(calls, scale), calls, scale)
+        trial.log("error", float((x - network.converged(scale)).square().mean()), **at(calls, scale))
+        if scale == network.scales[0] and (distance := network.frechet(x)) is not None:
+            trial.log("frechet", distance, **at(calls, scale))
 
 
 def peer(network: Network, trial: Trial, make: Callable[..., Any], first_scale_only: bool = False, **words: Any) -> None:
@@ -144,6 +151,20 @@ def polynomial(network: Network, trial: Trial) -> None:
     judge(network, trial, lambda calls, scale: network.scheduler(ratios=fitted.ratios(calls, scale)), list(UNSEEN))
 
 
+def converged(network: Network, trial: Trial) -> None:
+    """What 999 steps come to, and as many held-out digits as there are samples: the floor under any distance to all of them."""
+    distance = network.frechet(network.converged(network.scales[0]))
+    if distance is None or isinstance(network.source, Pipeline):
+        trial.note("frechet", "no classifier judges your own model's images")
+        return
+    images = network.source.data("test")[0]
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(trial.seed))[: network.noises]
+    for calls in CALLS:
+        trial.log("frechet", distance, **at(calls, network.scales[0]))
+    trial.log("floor", network.frechet(images[rows]) or 0.0)
+
+
+study.arm_table(converged, {"converged": {"label": "DDIM, 999 steps"}}, against="unipc")
 study.arm_table(
     peer,
     {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401 - pipelines that are opened look for it here
 from jaxtyping import Float
 from torch import Tensor
 
@@ -119,30 +119,13 @@ class DPMSolverV3Scheduler(FractionalTimeScheduler):
         self._placed, self.num_inference_steps = None, num_inference_steps
         self.take_times(self._plan.times[:-1], device)
 
-    def step(
-        self,
-        model_output: Float[Tensor, "B *shape"],
-        timestep: Tensor | float,
-        sample: Float[Tensor, "B *shape"],
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """The sample at the next time. Steps are taken in the order of `timesteps`, from any of them on; nothing is drawn from `generator`.
-
-        Raises:
-            ValueError: before set_timesteps, after the last step, at another time than the next one, or EMS of another shape.
-
-        Warns:
-            UserWarning: the network answers in half precision, and its rounding costs more than the solver gains.
-        """
-        index = self.turn(timestep)
+    def moved(self, index: int, model_output: Tensor, sample: Tensor) -> Float[Tensor, "B *shape"]:
+        """The sample at the end of a step; EMS of another shape are refused, rounding that costs more than the solver gains is told."""
         if self._next is None:
             self._begin(index, sample, model_output.dtype)
         solver, plan = self._solver, self._plan
         eps = to_epsilon(model_output, sample, plan.alphas[solver.m], plan.sigmas[solver.m], self.config["prediction_type"])
-        moved = solver.step(eps, sample).to(sample.dtype)
-        self._next = index + 1
-        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+        return solver.step(eps, sample).to(sample.dtype)
 
     def _begin(self, index: int, sample: Tensor, output: torch.dtype) -> None:
         """A solver whose first step is the one of this index, its coefficients where the sample is; history begins there too."""

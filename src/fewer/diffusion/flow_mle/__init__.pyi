@@ -1,0 +1,23 @@
+from .contraction import ContractingResidual, log_norm
+from .finetuning import FineTuneConfig, FineTuned, ReconstructionMLE, finetune, flow_matching_loss, load_finetuned
+from .policy import FlowPolicy
+from .solver import error_bound, invert, iss_bound, odeint
+from .velocity import ResidualField, VelocityMLP
+
+__all__ = [
+    "ContractingResidual",
+    "FineTuneConfig",
+    "FineTuned",
+    "FlowPolicy",
+    "ReconstructionMLE",
+    "ResidualField",
+    "VelocityMLP",
+    "error_bound",
+    "finetune",
+    "flow_matching_loss",
+    "invert",
+    "iss_bound",
+    "load_finetuned",
+    "log_norm",
+    "odeint",
+]

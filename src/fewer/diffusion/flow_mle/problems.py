@@ -1,0 +1,178 @@
+"""What the study trains on: people's handwriting as a policy's motions, and digits or a user's own images; their fields, trained once a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewer.data import WEIGHTS, folder_of, load_handwriting, made_once
+from fewer.diffusion.flow_mle.contraction import ContractingResidual
+from fewer.diffusion.flow_mle.finetuning import flow_matching_loss, latents_of
+from fewer.diffusion.flow_mle.velocity import VelocityMLP
+from fewer.fitting import MovingAverage, fit_steps
+from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser
+from fewer.tasks.digits_diffusion import digit_images
+from fewer.tasks.image_judges import read_own_images, split_fifth
+
+VERSION = 1  # of what is trained: raise it when the code makes another network from the same settings
+POINTS, MILLIMETRES, DEMONSTRATIONS = 33, 50.0, 5  # of a motion, of a unit, for training
+Data = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a base field is trained: flow matching by Adam, weights averaged."""
+
+    updates: int
+    batch: int
+    lr: float
+    ema: float
+
+
+class ImageField(nn.Module):
+    """v(t, x) of images of any shape: the digits' denoiser without its preconditioning, zeros after the pixels up to a square."""
+
+    def __init__(self, shape: tuple[int, ...], width: int = 256, blocks: int = 3) -> None:
+        super().__init__()
+        self.side = math.isqrt(math.prod(shape) - 1) + 1
+        self.body = DigitDenoiser(DenoiserRecipe(side=self.side, width=width, blocks=blocks))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        rows = x.flatten(1)
+        framed = nn.functional.pad(rows, (0, self.side**2 - rows.shape[1]))
+        return self.body.network(framed, 2 * t - 1, None)[:, : rows.shape[1]].reshape(x.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Data to learn, others to judge by, and fields for them.
+
+    Attributes:
+        train, test: (x1, condition or None).
+        make, make_residual: a field, and one of fewer parameters whose last layer is zero, of the weights that torch's seed says.
+        training: of the field.
+        latents: RK4 steps of the inversion.
+    """
+
+    name: str
+    train: Data
+    test: Data
+    make: Callable[[], nn.Module]
+    make_residual: Callable[[], nn.Module]
+    training: Training
+    latents: int
+
+    @cached_property
+    def digest(self) -> str:
+        given = [each.numpy() for each in self.train if each is not None]
+        return hashlib.sha256(b"".join(str(each.shape).encode() + each.tobytes() for each in given)).hexdigest()
+
+    def kept(self, seed: int, device: str = "cpu") -> tuple[nn.Module, Tensor]:
+        """The field of a seed and the latents of the training data under it, made once on a machine."""
+        what = {"version": VERSION, "data": self.digest, "training": asdict(self.training), "latents": self.latents}
+        what |= {"field": str(self.seeded(self.make, seed)), "seed": seed}
+
+        def make(folder: Path) -> None:
+            from safetensors.torch import save_file
+
+            field = self.seeded(self.make, seed).to(device)
+            field = fit_flow(field, self.on(device), self.training, seed)
+            x1, cond = self.on(device)
+            weights = {name: value.cpu().contiguous() for name, value in field.state_dict().items()}
+            save_file({**weights, "latents": latents_of(field, x1, cond, self.latents).cpu().contiguous()}, folder / WEIGHTS)
+
+        from safetensors.torch import load_file
+
+        read = load_file(made_once(folder_of("flow-fields", self.name, what), make) / WEIGHTS)
+        latents, field = read.pop("latents"), self.seeded(self.make, seed)
+        field.load_state_dict(read)
+        return field.to(device).eval(), latents.to(device)
+
+    def seeded(self, make: Callable[[], nn.Module], seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return make()
+
+    def on(self, device: str, test: bool = False) -> Data:
+        x1, cond = self.test if test else self.train
+        return x1.to(device), None if cond is None else cond.to(device)
+
+
+def fit_flow(field: nn.Module, data: Data, training: Training, seed: int) -> nn.Module:
+    """A field trained (further) by flow matching: the average of its weights."""
+    (x1, cond), average = data, MovingAverage(field, training.ema)
+    draw = torch.Generator(x1.device).manual_seed(seed)
+    how: dict[str, Any] = {"generator": draw, "device": x1.device}
+
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        for _ in range(training.updates):
+            rows = torch.randint(len(x1), (training.batch,), **how)
+            given = (torch.randn(x1[rows].shape, **how), x1[rows], torch.rand(training.batch, **how))
+            yield given if cond is None else (*given, cond[rows])
+
+    optimizer = torch.optim.Adam(field.parameters(), lr=training.lr, fused=True)
+    fit_steps(
+        optimizer,
+        lambda *pairs: flow_matching_loss(field, *pairs),
+        batches(),
+        training.updates,
+        tell=lambda update, loss: average.update(field),
+    )
+    return average.model
+
+
+def motions(full: bool = False) -> Problem:
+    """Handwriting: 32 points of a motion from its first point and its kind; the last two demonstrations of each kind are held out."""
+    found = load_handwriting()
+    at = np.linspace(0, 999, POINTS).round().astype(int)
+    points = torch.from_numpy(np.stack([each[:, at] for each in found.values()]) / MILLIMETRES).float()  # [30, 7, 33, 2]
+    kinds = torch.eye(len(points))[:, None].expand(-1, points.shape[1], -1)
+    x1, cond = points[:, :, 1:].flatten(2), torch.cat([points[:, :, 0], kinds], dim=2)
+    parts = [(x1[:, of].flatten(0, 1), cond[:, of].flatten(0, 1)) for of in (slice(DEMONSTRATIONS), slice(DEMONSTRATIONS, None))]
+    dim, cond_dim = x1.shape[2], cond.shape[2]
+    return Problem(
+        "motions",
+        parts[0],
+        parts[1],
+        lambda: VelocityMLP(dim, cond_dim, 128),
+        lambda: VelocityMLP(dim, cond_dim, 84, residual=True),
+        Training(15_000 if full else 1500, 128, 2e-3, 0.99),
+        40,
+    )
+
+
+def contracting(problem: Problem) -> ContractingResidual:
+    """The contracting residual of a problem with a condition, its gate closed."""
+    x1, cond = problem.train
+    return ContractingResidual(x1.shape[1], 64, 1.0, 0 if cond is None else cond.shape[1], gate=0.0)
+
+
+def images(data: str = "", full: bool = False) -> Problem:
+    """Digits, or a user's own images.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that cannot be used.
+    """
+    if data:
+        train, test = split_fifth(read_own_images(data))
+    else:
+        train, test = (digit_images("mnist28" if full else "digits8", split)[0] for split in ("train", "test"))
+    shape, width = tuple(train.shape[1:]), 512 if full else 256
+    return Problem(
+        "images",
+        (train, None),
+        (test, None),
+        lambda: ImageField(shape, width),
+        lambda: ImageField(shape, 3 * width // 8, 2),
+        Training(30_000 if full else 1500, 256, 2e-3, 0.995),
+        20,
+    )
