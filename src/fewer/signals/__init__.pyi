@@ -1,4 +1,62 @@
-from . import spright
+from . import flash_fft_conv, hamming_distances, pfnr, spright, transform_once
+from .flash_fft_conv import FlashFFTConv, LongConv, StreamingConv, depthwise_conv1d, fft_conv
+from .hamming_distances import SequenceContamination, TextIndex, difference_counts, hamming_profile
+from .pfnr import PFNR, FourierSubneuralOperator, PFNRConfig, SubnetConv2d, SubnetLinear, VideoArchive
 from .spright import ArrayFunction, SparseSpectrum, SparseWalshRegressor, WHTConfig, fwht, sparse_wht
+from .transform_once import (
+    FNO,
+    T1,
+    ModeDataset,
+    ModeLoss,
+    T1UNet,
+    burgers,
+    dct,
+    idct,
+    navier_stokes,
+    select_modes,
+    spectral_resize,
+    truncated_dct,
+    vp_std,
+)  # fmt: skip
 
-__all__ = ["ArrayFunction", "SparseSpectrum", "SparseWalshRegressor", "WHTConfig", "fwht", "sparse_wht", "spright"]
+__all__ = [
+    "FNO",
+    "PFNR",
+    "T1",
+    "ArrayFunction",
+    "FlashFFTConv",
+    "FourierSubneuralOperator",
+    "LongConv",
+    "ModeDataset",
+    "ModeLoss",
+    "PFNRConfig",
+    "SequenceContamination",
+    "SparseSpectrum",
+    "SparseWalshRegressor",
+    "StreamingConv",
+    "SubnetConv2d",
+    "SubnetLinear",
+    "T1UNet",
+    "TextIndex",
+    "VideoArchive",
+    "WHTConfig",
+    "burgers",
+    "dct",
+    "depthwise_conv1d",
+    "difference_counts",
+    "fft_conv",
+    "flash_fft_conv",
+    "fwht",
+    "hamming_distances",
+    "hamming_profile",
+    "idct",
+    "navier_stokes",
+    "pfnr",
+    "select_modes",
+    "sparse_wht",
+    "spectral_resize",
+    "spright",
+    "transform_once",
+    "truncated_dct",
+    "vp_std",
+]  # fmt: skip
