@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 
 import numpy as np
 import pytest
+from trials import told_by
 
 from fewer.errors import UserError
 from fewer.federated.fedspeed import study as side_by_side
-from fewer.study import Scale, Trial
-from fewer.study.trial import TrialSpec
+from fewer.study import Scale
 
 QUICK = dataclasses.replace(side_by_side.SIZES[Scale.QUICK], rounds=3)
 
@@ -26,20 +25,7 @@ def mine(tmp_path, monkeypatch):
         x = np.random.default_rng(0).integers(0, 60, (160, 8, 8), dtype=np.uint8) + (50 * y).astype(np.uint8)[:, None, None]
         np.savez(tmp_path / "mine.npz", x=x, y=y, **arrays)
         settings = {"data": str(tmp_path / "mine.npz"), "lr": 0.05}
-        figures, notes, objectives = defaultdict(dict), {}, []
-
-        def emit(event):
-            if hasattr(event, "coordinates"):
-                figures[event.name][tuple(sorted(event.coordinates.items()))] = event.value
-            elif hasattr(event, "name"):
-                notes[event.name] = event.text
-            elif type(event).__name__ == "ObjectiveEvent":
-                objectives.append(event.value)
-
-        spec = TrialSpec(side_by_side.__name__, "fedspeed", arm, 0, Scale.QUICK, settings, tuning=tuning)
-        task = side_by_side.study.build_task(Scale.QUICK, settings)
-        side_by_side.study.arms[arm].run(task, Trial(spec, emit))
-        return figures, notes, objectives
+        return told_by(side_by_side, arm, settings, tuning=tuning)
 
     return run
 

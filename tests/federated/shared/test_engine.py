@@ -178,6 +178,16 @@ def test_a_reply_with_nan_is_left_out_and_the_round_goes_on(executor):
     assert torch.allclose(history.server.x, others.server.x, atol=1e-6)
 
 
+@pytest.mark.parametrize("executor", [None, "vmap"])
+def test_what_a_round_tells_is_of_the_good_replies(executor):
+    with pytest.warns(UserWarning, match="client 1 sent 'model' with NaN"):
+        told = simulate(AVERAGE, net, federation(bad=1), 1, sampler=Independent(1.0), executor=executor).rounds[0]
+    others = simulate(AVERAGE, net, federation(), 1, sampler=lambda clients, round, seed: [0, 2], executor=executor).rounds[0]
+    assert told.clients == [0, 1, 2]
+    assert told.drift == pytest.approx(others.drift, rel=1e-5)
+    assert told.numbers_up == 1.5 * others.numbers_up
+
+
 def test_a_round_without_a_good_reply_ends_with_an_error():
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="round 1: no good reply of 1"):
         simulate(AVERAGE, net, federation(bad=1), 1, sampler=lambda clients, round, seed: [1])
@@ -199,6 +209,8 @@ def test_a_checkpoint_of_another_federation_is_refused_and_stays(tmp_path):
         simulate(AVERAGE, net, federation(), 2, sampler=Independent(1.0), seed=1, checkpoint=file)
     with pytest.raises(ValueError, match="written with algorithm"):
         simulate(FedSpeedAlgorithm(), net, federation(), 2, sampler=Independent(1.0), checkpoint=file)
+    with pytest.raises(ValueError, match="has a model of 99 parameters and is resumed with one of 35; expected the same model"):
+        simulate(AVERAGE, lambda: nn.Linear(6, 5), federation(), 2, sampler=Independent(1.0), checkpoint=file)
     assert file.read_bytes() == before
     file.write_bytes(before[: len(before) // 2])
     with pytest.raises(ValueError, match="state.pt.*checkpoint"):
@@ -223,6 +235,17 @@ def test_dropout_draws_the_same_in_every_run(executor):
 
     one, other = (simulate(AVERAGE, model, federation(), 2, sampler=Independent(1.0), executor=executor).server.x for _ in range(2))
     assert torch.equal(one, other)
+
+
+def test_threads_leave_the_callers_random_numbers_alone():
+    def model():
+        return nn.Sequential(*net(), nn.Dropout(0.5))
+
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            simulate(FedAvg(LocalConfig(local_epochs=3, batch_size=2)), model, federation(), 2, sampler=Independent(1.0), executor=pool)
+            assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("executor", ["vamp", "threads", 4])

@@ -100,6 +100,9 @@ def test_a_strategy_refuses_a_checkpoint_of_another_number_of_clients(tmp_path):
     strategy_of(algorithm, checkpoint=file).start(DirectGrid(app, CLIENTS), initial(), num_rounds=1)
     with pytest.raises(ValueError, match="written with 4 clients and is resumed with 5"):
         strategy_of(algorithm, checkpoint=file, clients=5).start(DirectGrid(app, CLIENTS), initial(), num_rounds=1)
+    other = flower_client_app(algorithm, wide, load_data, loss)
+    with pytest.raises(ValueError, match="has a model of 99 parameters and is resumed with one of 21000; expected the same model"):
+        strategy_of(algorithm, checkpoint=file).start(DirectGrid(other, CLIENTS), ArrayRecord(wide().state_dict()), num_rounds=1)
 
 
 def test_another_federation_does_not_find_a_clients_old_correction():
@@ -153,6 +156,25 @@ def test_without_a_good_reply_the_model_stays_and_the_next_round_works():
     assert set(rounds) == {1, 2}
     assert list(result.train_metrics_clientapp) == [2]
     assert strategy.server.round == 2
+
+
+def test_without_a_good_reply_a_resumed_run_goes_on_from_its_checkpoint(tmp_path):
+    """The first round after the resume is lost; Flower's own arrays are then those that the run was started with."""
+    algorithm, file = FedAvg(LocalConfig(**LOCAL)), tmp_path / "server.pt"
+
+    def started(rounds, spoil=None):
+        strategy = FlowerStrategy(algorithm, 1.0, 0.0, CLIENTS, seed=SEED, checkpoint=file)
+        return strategy.start(DirectGrid(flower_client_app(algorithm, net, load_data, loss), CLIENTS, spoil), initial(), num_rounds=rounds)
+
+    before = started(2).arrays.to_torch_state_dict()
+
+    def lost(message, reply):
+        return spoiling(1000 - message.metadata.dst_node_id, lambda v: v * np.nan)(message, reply)
+
+    with pytest.warns(UserWarning, match="left out"):
+        after = started(1, lost).arrays.to_torch_state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert any(not torch.equal(after[name], start) for name, start in initial().to_torch_state_dict().items())
 
 
 def test_a_client_with_other_settings_is_told_and_left_out(caplog):

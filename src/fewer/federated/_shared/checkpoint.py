@@ -21,11 +21,11 @@ def save_checkpoint(path: Path, server: ServerState, clients: dict[str, Tensor] 
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path, clients: int, **about: Any) -> tuple[ServerState, dict[str, Tensor]]:
-    """(the server's state, what clients keep).
+def load_checkpoint(path: Path, clients: int, size: int | None = None, **about: Any) -> tuple[ServerState, dict[str, Tensor]]:
+    """(the server's state, what clients keep), of a model of so many parameters (None: of any).
 
     Raises:
-        ValueError: the file is no checkpoint, or one of another number of clients, seed or algorithm.
+        ValueError: the file is no checkpoint, or one of another number of clients, another model, seed or algorithm.
     """
     try:
         content = torch.load(path, weights_only=True)
@@ -38,6 +38,8 @@ def load_checkpoint(path: Path, clients: int, **about: Any) -> tuple[ServerState
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); expected one that was written here") from error
     if state.clients != clients:
         raise ValueError(f"{path} was written with {state.clients} clients and is resumed with {clients}; expected the same number")
+    if size is not None and state.x.numel() != size:
+        raise ValueError(f"{path} has a model of {state.x.numel()} parameters and is resumed with one of {size}; expected the same model")
     for name, value in about.items():
         if content["about"].get(name) != value:
             raise ValueError(f"{path} was written with {name} {content['about'].get(name)!r}; resumed with {value!r}; expected the same")

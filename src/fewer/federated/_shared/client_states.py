@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ class ClientStates:
         clients: m.
         names: of the vectors.
         size: d.
+        lengths: of vectors that are not of that size.
         dtype: of the vectors.
         device: where the vectors are handed out (the tables stay in memory).
         large: bytes of all tables from which they lie in a temporary memory-mapped file instead of in memory.
@@ -31,11 +32,21 @@ class ClientStates:
         (tensor([1., 1.]), tensor([0., 0.]))
     """
 
-    def __init__(self, clients: int, names: Sequence[str], size: int, dtype: torch.dtype, large: int = LARGE, device: Any = "cpu") -> None:
+    def __init__(
+        self,
+        clients: int,
+        names: Sequence[str],
+        size: int,
+        dtype: torch.dtype,
+        large: int = LARGE,
+        device: Any = "cpu",
+        lengths: Mapping[str, int] | None = None,
+    ) -> None:
         self._files: list[Any] = []
         self._device = device
-        self.mapped = clients * size * len(names) * dtype.itemsize > large
-        self.tables = {name: self._table(clients, size, dtype) for name in names}
+        sizes = {name: (lengths or {}).get(name, size) for name in names}
+        self.mapped = clients * sum(sizes.values()) * dtype.itemsize > large
+        self.tables = {name: self._table(clients, each, dtype) for name, each in sizes.items()}
 
     def _table(self, clients: int, size: int, dtype: torch.dtype) -> Tensor:
         if not self.mapped:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewer import meters
 from fewer.federated._shared.flat_model import FlatModel
 
-SAMPLING, TRAINING = 0, 1  # what a random stream is for
+SAMPLING, TRAINING, PACE = 0, 1, 2  # what a random stream is for
 
 
 def sampling_rng(seed: int, round: int) -> np.random.Generator:
@@ -24,6 +24,11 @@ def sampling_rng(seed: int, round: int) -> np.random.Generator:
 def client_rng(seed: int, round: int, client: int) -> np.random.Generator:
     """A client's random numbers in a round; they depend on nothing else, so not on who finishes first."""
     return np.random.default_rng([seed, TRAINING, round, client])
+
+
+def pace_rng(seed: int, visit: int, client: int) -> np.random.Generator:
+    """The random numbers that say how many local steps a client makes at a visit."""
+    return np.random.default_rng([seed, PACE, visit, client])
 
 
 class Shards:
@@ -64,9 +69,9 @@ class Shards:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def shard(self, client: int, flat: FlatModel) -> Shard:
-        """What `local` sees of a client."""
-        return Shard(client, flat, self.x, self.y, self.parts[client])
+    def shard(self, client: int, flat: FlatModel, steps: int | None = None) -> Shard:
+        """What `local` sees of a client; `steps` is how many it makes, whatever the algorithm's settings say."""
+        return Shard(client, flat, self.x, self.y, self.parts[client], steps)
 
 
 class Batch(NamedTuple):
@@ -106,22 +111,24 @@ class Shard:
     Attributes:
         client: its id.
         size: how many examples it has.
+        own_steps: how many local steps it makes, where it has its own mind; None: as it is told.
     """
 
-    def __init__(self, client: int, flat: FlatModel, x: Tensor, y: Tensor, rows: Tensor) -> None:
-        self.client, self.flat, self.x, self.y, self.rows, self.size = client, flat, x, y, rows, len(rows)
+    def __init__(self, client: int, flat: FlatModel, x: Tensor, y: Tensor, rows: Tensor, own_steps: int | None = None) -> None:
+        self.client, self.flat, self.x, self.y, self.rows, self.size, self.own_steps = client, flat, x, y, rows, len(rows), own_steps
 
     def start(self, vector: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
         """A copy of the global vector to train."""
         return vector.clone()
 
     def batches(self, rng: Any, batch_size: int, epochs: int, steps: int | None) -> Iterator[Batch]:
-        for chosen in batch_rows(self.size, batch_size, epochs, steps, rng):
+        for chosen in batch_rows(self.size, batch_size, epochs, self.steps(batch_size, epochs, steps), rng):
             yield Batch(self.rows[torch.from_numpy(chosen)].to(self.x.device))
 
     def steps(self, batch_size: int, epochs: int, steps: int | None) -> Any:
         """How many local steps the client makes."""
-        return steps if steps is not None else epochs * -(-self.size // batch_size)
+        told = steps if steps is not None else epochs * -(-self.size // batch_size)
+        return told if self.own_steps is None else self.own_steps
 
     def gradient(self, vector: Float[Tensor, "d"], batch: Batch) -> Float[Tensor, "d"]:
         """The gradient of the mean loss of a batch."""
@@ -141,7 +148,10 @@ class StackedShard:
         return vector.expand(len(self.shards), -1).clone()
 
     def batches(self, rng: Sequence[np.random.Generator], batch_size: int, epochs: int, steps: int | None) -> Iterator[Batch]:
-        plans = [batch_rows(shard.size, batch_size, epochs, steps, each) for shard, each in zip(self.shards, rng, strict=True)]
+        plans = [
+            batch_rows(shard.size, batch_size, epochs, shard.steps(batch_size, epochs, steps), each)
+            for shard, each in zip(self.shards, rng, strict=True)
+        ]
         owned = [shard.rows.numpy() for shard in self.shards]
         for step in range(max(map(len, plans))):
             chosen = [rows[plan[step]] if step < len(plan) else None for rows, plan in zip(owned, plans, strict=True)]

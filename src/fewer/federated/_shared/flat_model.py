@@ -63,6 +63,12 @@ class FlatModel:
         self.tied = {**tied_names(model.named_parameters, self.shapes), **tied_names(model.named_buffers, self.buffer_shapes)}
         self._own = threading.local()  # a module a thread, its parameters views of one buffer
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_own"}  # made again where it is needed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _own=threading.local())
+
     def initial(self) -> Float[Tensor, "d"]:
         """The model's parameters as they are."""
         return self.vector_of(dict(self.model.named_parameters()))
@@ -92,10 +98,15 @@ class FlatModel:
             self._own.bound = module, buffer, [parameters[name] for name in self.shapes]
         return self._own.bound
 
+    def module_at(self, vector: Float[Tensor, "d"]) -> nn.Module:
+        """This thread's module, in training mode, with the parameters of a flat vector until the next call sets others."""
+        module, buffer, _ = self._bound()
+        buffer.copy_(vector)
+        return module
+
     def gradient(self, vector: Float[Tensor, "d"], x: Any, y: Tensor) -> Float[Tensor, "d"]:
         """The gradient of the mean loss of a batch."""
-        module, buffer, parameters = self._bound()
-        buffer.copy_(vector)
+        module, parameters = self.module_at(vector), self._bound()[2]
         with torch.enable_grad():
             loss = self.loss_fn(module(x), y).mean()
             grads = torch.autograd.grad(loss, parameters)

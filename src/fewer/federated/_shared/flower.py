@@ -1,49 +1,48 @@
-"""The same algorithms as Flower apps: a strategy for the ServerApp and a ClientApp, for simulation and for SuperLink and SuperNodes.
+"""The same algorithms as Flower apps: here the strategy of the ServerApp, for simulation and for SuperLink and SuperNodes.
 
-A client is named by its node's `partition-id` where it has one (as every simulated node has), else by its node id. The server asks each
-new node for its name, so that sampling and batches are those of `simulate` with the same seed.
+The server asks each new node for its client's name (see `flower_clients`), so that sampling and batches are those of `simulate` with the
+same seed.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewer.checks import check_positive, check_whole
-from fewer.federated._shared.algorithm import BUFFERS, Algorithm, ServerState, fault_of, run_aggregate, run_configure, run_local
+from fewer.federated._shared.algorithm import (
+    BUFFERS,
+    Algorithm,
+    ServerState,
+    fault_of,
+    run_aggregate,
+    run_configure,
+)
 from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
-from fewer.federated._shared.clients import Shard, client_rng
-from fewer.federated._shared.flat_model import FlatModel, Loss, cross_entropy
+from fewer.federated._shared.flower_clients import AGREE
 from fewer.federated._shared.flower_records import (
     ARRAYS,
     CONFIG,
-    KEPT,
     METRICS,
     Layout,
-    flat_record,
     message_record,
-    read_message,
     read_reply,
-    reply_record,
-    tensor_of,
 )
 from fewer.federated._shared.sampling import Independent, Sampler, check_fraction, choose
 from fewer.federated._shared.traffic import Traffic
 from fewer.files import check_new_file
-from fewer.meters import counting  # by name: Ray pickles the app, and a lazily loaded package cannot be pickled
 
 log = getLogger("flwr").log
 ASK = "query.who"
@@ -102,6 +101,7 @@ class FlowerStrategy(Strategy):
         self._patience = patience
         self._silent: dict[int, str] = {}  # node -> why it has not said who it is
         self._layout: Layout | None = None
+        self._words: dict[str, str] | None = None  # what the clients' apps say that must agree
         self._told: set[tuple[int, int]] = set()
         self._asked: list[int] = []  # who was sent this round's messages
         self._arrays = ArrayRecord()
@@ -151,6 +151,10 @@ class FlowerStrategy(Strategy):
                 f"{len(known)} of {len(nodes)} nodes say who they are; expected at least {self.min_available_nodes} "
                 f"(min_available_nodes), each running a ClientApp made by flower_client_app or one that answers {ASK!r} so. {reasons}"
             )
+        return self._by_client(known)
+
+    def _by_client(self, known: Iterable[int]) -> dict[int, int]:
+        """client -> node of nodes that have said who they are; of two that say the same the later one."""
         found: dict[int, int] = {}
         for node in sorted(known, key=list(self._names).index):  # in the order in which they came
             client = self._names[node]
@@ -164,24 +168,38 @@ class FlowerStrategy(Strategy):
     def _ask(self, grid: Grid, nodes: list[int], patience: float) -> None:
         """Ask nodes who they are and wait so many seconds: new ones get patience, silent ones do not hold up every round of the others."""
         self._silent.update(dict.fromkeys(nodes, f"no answer in {patience:g} s"))
-        asked = [Message(RecordDict({CONFIG: ConfigRecord({"key": self._key})}), dst_node_id=node, message_type=ASK) for node in nodes]
-        for reply in grid.send_and_receive(asked, timeout=patience):
-            if reply.has_error():
-                self._silent[reply.metadata.src_node_id] = str(reply.error.reason)
-                continue
-            del self._silent[reply.metadata.src_node_id]
-            who = reply.content.config_records[CONFIG]
-            layout = Layout.read(who)
-            if self._layout is not None and layout != self._layout:
-                raise ValueError(
-                    f"client {who['client']} trains {len(layout.parameters)} parameters ({', '.join(layout.parameters)}), others "
-                    f"{len(self._layout.parameters)} ({', '.join(self._layout.parameters)}); expected the same model_fn for all"
-                )
-            self._layout = layout
-            self._names[reply.metadata.src_node_id] = int(who["client"])  # pyright: ignore[reportArgumentType] - an int
+        for reply in grid.send_and_receive([self._question(node) for node in nodes], timeout=patience):
+            self._hear(reply.metadata.src_node_id, reply)
         for node in nodes:
             if node in self._silent:
                 log(WARNING, "node %d does not say who it is (%s); it is asked again", node, self._silent[node])
+
+    def _question(self, node: int, ttl: float | None = None) -> Message:
+        """Who are you?"""
+        return Message(RecordDict({CONFIG: ConfigRecord({"key": self._key})}), dst_node_id=node, message_type=ASK, ttl=ttl)
+
+    def _hear(self, node: int, reply: Message) -> None:
+        """Take a node's answer who it is, or why it gives none.
+
+        Raises:
+            ValueError: its model is another than the others'.
+        """
+        if reply.has_error():
+            self._silent[node] = str(reply.error.reason)
+            return
+        self._silent.pop(node, None)
+        who = reply.content.config_records[CONFIG]
+        layout = Layout.read(who)
+        if self._layout is not None and layout != self._layout:
+            raise ValueError(
+                f"client {who['client']} trains {len(layout.parameters)} parameters ({', '.join(layout.parameters)}), others "
+                f"{len(self._layout.parameters)} ({', '.join(self._layout.parameters)}); expected the same model_fn for all"
+            )
+        words = read_words(who)
+        if self._words is not None and words != self._words:
+            raise ValueError(f"client {who['client']} {unlike(words, self._words)}; expected the same of all clients")
+        self._layout, self._words = layout, words
+        self._names[node] = int(who["client"])  # pyright: ignore[reportArgumentType] - an int
 
     # Training
 
@@ -214,8 +232,11 @@ class FlowerStrategy(Strategy):
         if self.server is not None:
             self.server = replace(self.server, x=vectors["x"])
         elif self.checkpoint is not None and Path(self.checkpoint).exists():
-            state, kept = load_checkpoint(self.checkpoint, self.clients or there, seed=self.seed, algorithm=repr(self.algorithm))
+            state, kept = load_checkpoint(
+                self.checkpoint, self.clients or there, vectors["x"].numel(), seed=self.seed, algorithm=repr(self.algorithm)
+            )
             self.server, self._key = state, bytes(kept["key"].tolist()).decode()
+            self._recall(kept)
         else:
             self.server = self.algorithm.initial(vectors["x"], self.clients or there)
             self.server.vectors.update({BUFFERS: vectors[BUFFERS]} if BUFFERS in vectors else {})
@@ -227,7 +248,8 @@ class FlowerStrategy(Strategy):
         return self._layout.arrays(self.server.x, self.server.vectors.get(BUFFERS), self._arrays)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next global model; (None, None), with a warning, where no reply is good: the model stays as it is."""
+        """The next global model; where no reply is good, with a warning, the one that there was (Flower itself would go on with what it was
+        started with, which after a resume is older), and no metrics."""
         assert self.server is not None
         good = self._answered(replies, "training")
         if late := [client for client in self._asked if client not in good]:
@@ -242,7 +264,7 @@ class FlowerStrategy(Strategy):
         except ValueError as error:
             log(WARNING, "%s; the model stays as it is", error)
             self.server = replace(self.server, round=self.server.round + 1)
-            return None, None
+            return self._named(), None
         finally:
             self._save()
         return self._named(), aggregate_metricrecords(
@@ -263,7 +285,15 @@ class FlowerStrategy(Strategy):
     def _save(self) -> None:
         if self.checkpoint is not None and self.server is not None:
             key = torch.tensor(list(self._key.encode()), dtype=torch.uint8)
-            save_checkpoint(self.checkpoint, self.server, {"key": key}, seed=self.seed, algorithm=repr(self.algorithm))
+            kept = {"key": key} | self._remembered()
+            save_checkpoint(self.checkpoint, self.server, kept, seed=self.seed, algorithm=repr(self.algorithm))
+
+    def _remembered(self) -> dict[str, Tensor]:
+        """What a strategy has in its checkpoint beside the server's state."""
+        return {}
+
+    def _recall(self, kept: dict[str, Tensor]) -> None:
+        """Take it up again."""
 
     # Evaluation
 
@@ -283,94 +313,13 @@ class FlowerStrategy(Strategy):
         return aggregate_metricrecords(some, "num-examples") if some else None
 
 
-LoadData = Callable[[Context], tuple[Tensor, Tensor]]
+def read_words(who: Mapping[str, Any]) -> dict[str, str]:
+    """What a client says that must agree, in its order."""
+    lines = filter(None, str(who.get(AGREE, "")).split("\n"))
+    return {name: said for name, _, said in (line.partition("\t") for line in lines)}
 
 
-def flower_client_app(
-    algorithm: Algorithm,
-    model_fn: Callable[[], nn.Module],
-    load_data: LoadData,
-    loss_fn: Loss = cross_entropy,
-    *,
-    load_test: LoadData | None = None,
-    buffers: Literal["average"] | None = None,
-) -> ClientApp:
-    """A federated algorithm's clients as a Flower ClientApp.
-
-    Args:
-        algorithm: the same as the strategy's.
-        model_fn: makes the model.
-        load_data: `load_data(context)`: the client's examples (x [n, ...], y [n, ...]); `context.node_config["partition-id"]` says which.
-        loss_fn: `loss_fn(output, y)`: the losses of the examples [B], or their mean.
-        load_test: examples to evaluate on, which may be none; those to train on by default.
-        buffers: "average" for models with BatchNorm.
-
-    Returns:
-        an app that answers training, evaluation, and the server's question who it is. What the client keeps lies in `context.state`.
-
-    Raises:
-        ValueError: (when the app is asked) the client has no examples, or its algorithm is set up differently from the server's.
-    """
-    app = ClientApp()
-
-    def flat_model() -> FlatModel:
-        return FlatModel(model_fn(), loss_fn, buffers)
-
-    @app.query("who")
-    def who(message: Message, context: Context) -> Message:
-        about: dict[str, Any] = {"client": client_of(context)} | Layout.of(flat_model()).words()
-        return Message(RecordDict({CONFIG: ConfigRecord(about)}), reply_to=message)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        flat, client, settings = flat_model(), client_of(context), message.content.config_records[CONFIG]
-        if settings["algorithm"] != repr(algorithm):
-            raise ValueError(
-                f"the server runs {settings['algorithm']}, client {client} {algorithm!r}; expected the same settings on both sides"
-            )
-        asked = read_message(message.content, Layout.of(flat), client)
-        x, y = load_data(context)
-        if not len(x):
-            raise ValueError(f"client {client} has no examples; expected at least one: leave the client out")
-        rng = client_rng(int(settings["seed"]), asked.round, client)  # pyright: ignore[reportArgumentType] - an int
-        key = str(settings["key"])
-        with counting() as counts:
-            shard = Shard(client, flat, x, y, torch.arange(len(x)))
-            kept, reply = run_local(algorithm, kept_vectors(context, algorithm, flat, key), asked, shard, rng)
-        keep(context, key, kept)
-        return Message(reply_record(reply, counts["gradients"]), reply_to=message)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        flat = flat_model()
-        vectors = Layout.of(flat).vectors(message.content.array_records[ARRAYS])
-        x, y = (load_test or load_data)(context)
-        if not len(x):  # nothing to say, and the server leaves it out
-            return Message(RecordDict({METRICS: MetricRecord({"num-examples": 0})}), reply_to=message)
-        output = flat.predict(vectors["x"], x, vectors.get(BUFFERS))
-        metrics: dict[str, Any] = {"num-examples": len(x), "loss": float(loss_fn(output, y).mean())}
-        if output.ndim == 2 and not y.is_floating_point():
-            metrics["accuracy"] = float((output.argmax(1) == y).float().mean())
-        return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
-
-    return app
-
-
-def client_of(context: Context) -> int:
-    """The client's name: its node's partition-id, or else the node id."""
-    return int(context.node_config.get("partition-id", context.node_id))
-
-
-def kept_vectors(context: Context, algorithm: Algorithm, flat: FlatModel, key: str) -> dict[str, Tensor]:
-    """What the client kept since its last round in this federation; zeros where there was none."""
-    state = context.state
-    if KEPT in state.config_records and state.config_records[KEPT]["key"] == key:
-        return {name: tensor_of(state.array_records[f"{KEPT}.{name}"]["vector"]) for name in algorithm.keeps}
-    return {name: torch.zeros(flat.size, dtype=flat.dtype) for name in algorithm.keeps}
-
-
-def keep(context: Context, key: str, vectors: dict[str, Tensor]) -> None:
-    """Keep vectors for the client's next round."""
-    context.state[KEPT] = ConfigRecord({"key": key})
-    for name, vector in vectors.items():
-        context.state[f"{KEPT}.{name}"] = flat_record(vector)
+def unlike(words: Mapping[str, str], others: Mapping[str, str]) -> str:
+    """The first two words that differ, in words: a summary comes first, then what it is of."""
+    names = [name for name in {**words, **others} if words.get(name) != others.get(name)]
+    return " and ".join(f"says {name} {words.get(name, 'nothing')!r}, others {others.get(name, 'nothing')!r}" for name in names[:2])

@@ -94,7 +94,8 @@ def read_message(record: RecordDict, layout: Layout, client: int) -> Message:
     for name, arrays in record.array_records.items():
         if name != ARRAYS:
             vectors[name] = tensor_of(arrays["vector"])
-    return Message(client, int(record.config_records[CONFIG]["round"]), vectors)  # pyright: ignore[reportArgumentType] - an int
+    settings: Any = record.config_records[CONFIG]
+    return Message(client, int(settings["round"]), vectors, visit=int(settings["visit"]) if "visit" in settings else None)
 
 
 def flat_record(vector: Tensor) -> ArrayRecord:
@@ -105,6 +106,7 @@ def reply_record(reply: Reply, gradients: float) -> RecordDict:
     """What a client sends back: each vector flat in a record of its name, and numbers."""
     records: dict[str, Any] = {name: flat_record(vector) for name, vector in reply.vectors.items()}
     numbers = {"num-examples": int(reply.metrics["examples"]), "drift": float(reply.metrics["drift"]), "gradients": float(gradients)}
+    numbers |= {name: float(value) for name, value in reply.metrics.items() if name not in ("examples", "drift")}
     return RecordDict(records | {METRICS: MetricRecord(numbers)})
 
 
@@ -116,9 +118,14 @@ def read_reply(record: RecordDict, client: int) -> Reply:
     return Reply(client, vectors, numbers)
 
 
-def wire_bytes(names: Sequence[str], server: ServerState, arrays: ArrayRecord | None = None) -> int:
-    """Serialised bytes of a record with these vectors of the model's size; "x" as named arrays where they are given."""
+def wire_bytes(
+    names: Sequence[str], server: ServerState, arrays: ArrayRecord | None = None, lengths: Mapping[str, int] | None = None
+) -> int:
+    """Serialised bytes of a record with these vectors, of the model's size or of the given lengths; "x" as named arrays where they are given."""
     from fewer.federated._shared.traffic import record_bytes
 
-    records: dict[str, Any] = {name: arrays if name == "x" and arrays is not None else flat_record(server.x) for name in names}
+    records: dict[str, Any] = {}
+    for name in names:
+        vector = server.x.new_zeros(lengths[name]) if lengths and name in lengths else server.x
+        records[name] = arrays if name == "x" and arrays is not None else flat_record(vector)
     return record_bytes(RecordDict(records))

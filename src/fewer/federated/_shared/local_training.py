@@ -53,8 +53,8 @@ class LocalConfig:
             check_positive(max_grad_norm=self.max_grad_norm)
         check_not_negative(weight_decay=self.weight_decay)
 
-    def lr_at(self, round: int) -> float:
-        """The learning rate of a round (from 1)."""
+    def lr_at(self, round: Any) -> Any:
+        """The learning rate of a round (from 1), or of each of stacked clients' rounds [S, 1]."""
         return self.lr * self.lr_decay ** (round - 1)
 
 
@@ -85,7 +85,7 @@ def descend(
     shard: Any,
     rng: Any,
     config: LocalConfig,
-    round: int,
+    round: Any,
     *,
     prox: float = 0.0,
     pull: Tensor | None = None,
@@ -95,7 +95,7 @@ def descend(
 ) -> Tensor:
     """K local steps y <- y - eta (clip(q + prox y - pull) + weight_decay y), in place.
 
-    `pull` holds what does not change during the steps: g_i + prox x for q - g_i + prox (y - x), that is.
+    `pull` holds what does not change during the steps: g_i + prox x for q - g_i + prox (y - x), that is. `round` may be [S, 1].
     """
     eta = config.lr_at(round)
     for batch in shard.batches(rng, config.batch_size, config.local_epochs, config.local_steps):
@@ -107,9 +107,9 @@ def descend(
         clip = (config.max_grad_norm / (norm(bracket) + CLIP_FLOOR)).clamp_(max=1.0)
         if batch.active is not None:  # clients that have made all their steps stay where they are
             step = bracket.mul_(clip).add_(y, alpha=config.weight_decay)
-            y.sub_(step.mul_(batch.active), alpha=eta)
+            y.sub_(step.mul_(batch.active.to(y.dtype) * eta))
         else:
-            y.mul_(1 - eta * config.weight_decay).addcmul_(bracket, clip, value=-eta)
+            y.mul_(1 - eta * config.weight_decay).addcmul_(bracket, clip.mul_(eta), value=-1)
     return y
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fewer import meters
@@ -20,10 +23,13 @@ from fewer.federated._shared.algorithm import (
     Reply,
     ServerState,
     Vectors,
+    lengths_of,
     run_aggregate,
     run_configure,
     run_local,
+    stacked,
 )
+from fewer.federated._shared.black_box import BlackBoxes, Point
 from fewer.federated._shared.checkpoint import load_checkpoint, save_checkpoint
 from fewer.federated._shared.client_states import ClientStates
 from fewer.federated._shared.clients import Shards, StackedShard, client_rng
@@ -39,11 +45,13 @@ class Round:
     Attributes:
         round: from 1.
         clients: who took part.
-        drift: the mean of |y_i - x| over them.
+        drift: the mean of |y_i - x| over them, replies with NaN or infinite numbers left out.
         gradients: gradients of batches that were computed.
         numbers_down, numbers_up: numbers sent to and by all clients (4 bytes each at float32; see `traffic` for the wire).
         seconds, cpu_seconds: of the round, evaluation left out; processor seconds are of this process, all its threads.
         evaluation: what `evaluate` returned, or None.
+        counts: all that was counted in it ("gradients", "queries", ...; see `meters.count`).
+        metrics: the means of what else the same replies told, such as "value" or "epsilon".
     """
 
     round: int
@@ -55,6 +63,8 @@ class Round:
     seconds: float
     cpu_seconds: float
     evaluation: Any = None
+    counts: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,8 +83,8 @@ class History:
 
 def simulate(
     algorithm: Algorithm,
-    model_fn: Callable[[], nn.Module] | FlatModel,
-    shards: Shards,
+    model_fn: Callable[[], nn.Module] | FlatModel | Point,
+    shards: Shards | BlackBoxes,
     rounds: int,
     *,
     sampler: Sampler,
@@ -90,13 +100,14 @@ def simulate(
 
     Args:
         algorithm: its three functions, such as `FedSpeedAlgorithm(config)`.
-        model_fn: makes the model whose parameters are the start (or a `FlatModel`).
-        shards: the examples and who holds which.
+        model_fn: makes the model whose parameters are the start (or a `FlatModel`, or the `Point` where black boxes are searched from).
+        shards: the examples and who holds which; or the clients' black boxes.
         rounds: how many in all.
         sampler: who takes part, such as `Independent(0.1)`.
         seed: of sampling and of every client's batches.
-        executor: None trains the clients of a round one after the other; a `concurrent.futures` pool of threads some at a time; "vmap"
-            all at once, equal within rounding (quick on small models; Dropout draws other numbers then).
+        executor: None trains the clients of a round one after the other; a `concurrent.futures` pool of threads some at a time (Dropout
+            then draws from one stream for all, so that no two runs are alike); "vmap" all at once, equal within rounding (quick on small
+            models; Dropout draws other numbers then).
         loss_fn: the losses of the examples [B] (see `FlatModel`).
         buffers: "average" for models with BatchNorm.
         evaluate: called with the global parameters [d] after each round.
@@ -122,31 +133,21 @@ def simulate(
     check_whole(least=0, seed=seed)
     if not (executor is None or executor == "vmap" or hasattr(executor, "submit")):
         raise ValueError(f"executor is {executor!r}; expected None, 'vmap' or a concurrent.futures pool such as ThreadPoolExecutor(4)")
-    if checkpoint is not None:
-        check_new_file(checkpoint, overwrite=True, option="checkpoint")
-    flat = model_fn if isinstance(model_fn, FlatModel) else FlatModel(model_fn(), loss_fn, buffers)
-    server = algorithm.initial(flat.initial(), len(shards))
-    if flat.averages_buffers:
-        server.vectors[BUFFERS] = flat.initial_buffers()
-    states = ClientStates(len(shards), algorithm.keeps, flat.size, flat.dtype, device=server.x.device)
+    if executor == "vmap" and isinstance(model_fn, Point):
+        raise ValueError("executor is 'vmap' with black boxes, which nobody can differentiate or stack; expected None or a pool of threads")
     about = {"seed": seed, "algorithm": repr(algorithm)}
-    if checkpoint is not None and Path(checkpoint).exists():
-        server, kept = load_checkpoint(checkpoint, len(shards), **about)
-        states.put(list(range(len(shards))), kept)
-    history = History(flat, server, states)
-    for number in range(server.round + 1, rounds + 1):
+    history, _ = begin(algorithm, model_fn, shards, loss_fn, buffers, checkpoint, about)
+    flat, states = history.flat, history.client_states
+    for number in range(history.server.round + 1, rounds + 1):
         started, used = time.perf_counter(), time.process_time()
         chosen = choose(sampler, range(len(shards)), number, seed)
         messages = run_configure(algorithm, history.server, chosen)
         with meters.counting() as counts:
-            replies = _train(algorithm, messages, shards, flat, states, seed, executor)
+            replies = train(algorithm, messages, shards, flat, states, seed, executor)
         history.server = run_aggregate(algorithm, history.server, replies)
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
-        drift = sum(float(reply.metrics["drift"]) for reply in replies) / len(replies)
-        numbers_down, numbers_up = (sum(v.numel() for each in all_ for v in each.vectors.values()) for all_ in (messages, replies))
-        line = Round(number, chosen, drift, int(counts["gradients"]), numbers_down, numbers_up, seconds, cpu_seconds)
+        line = told(number, messages, replies, counts, started, used)
         if evaluate is not None:
-            line = Round(**{**vars(line), "evaluation": evaluate(history.server.x)})
+            line = replace(line, evaluation=evaluate(history.server.x))
         history.rounds.append(line)
         if checkpoint is not None:
             save_checkpoint(checkpoint, history.server, states.tables, **about)
@@ -155,10 +156,52 @@ def simulate(
     return history
 
 
-def _train(
+def begin(
+    algorithm: Algorithm,
+    model_fn: Callable[[], nn.Module] | FlatModel | Point,
+    shards: Shards | BlackBoxes,
+    loss_fn: Loss,
+    buffers: Literal["average"] | None,
+    checkpoint: Path | None,
+    about: dict[str, Any],
+) -> tuple[History, Vectors]:
+    """A run before its next round: new, or as the checkpoint holds it, with all the tensors that were kept there."""
+    if checkpoint is not None:
+        check_new_file(checkpoint, overwrite=True, option="checkpoint")
+    flat: Any = model_fn if isinstance(model_fn, FlatModel | Point) else FlatModel(model_fn(), loss_fn, buffers)
+    server, kept = algorithm.initial(flat.initial(), len(shards)), {}
+    if flat.averages_buffers:
+        server.vectors[BUFFERS] = flat.initial_buffers()
+    states = ClientStates(
+        len(shards),
+        algorithm.keeps,
+        flat.size,
+        flat.dtype,
+        device=server.x.device,
+        lengths=lengths_of(algorithm, algorithm.keeps, flat.size),
+    )
+    if checkpoint is not None and Path(checkpoint).exists():
+        server, kept = load_checkpoint(checkpoint, len(shards), flat.size, **about)
+        states.put(list(range(len(shards))), kept)
+    return History(flat, server, states), kept
+
+
+def told(number: int, messages: Sequence[Message], replies: Sequence[Reply], counts: Counter[str], started: float, used: float) -> Round:
+    """What happened in a round that began at these readings of the clock and of the processor's clock."""
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
+    good = [reply for reply in replies if all(vector.isfinite().all() for vector in reply.vectors.values())] or replies
+    drift = sum(float(reply.metrics["drift"]) for reply in good) / len(good)
+    numbers_down, numbers_up = (sum(v.numel() for each in all_ for v in each.vectors.values()) for all_ in (messages, replies))
+    clients, gradients = [each.client for each in messages], int(counts["gradients"])
+    further = {name for reply in good for name in reply.metrics} - {"examples", "drift"}
+    metrics = {name: float(np.mean([float(reply.metrics[name]) for reply in good if name in reply.metrics])) for name in sorted(further)}
+    return Round(number, clients, drift, gradients, numbers_down, numbers_up, seconds, cpu_seconds, None, dict(counts), metrics)
+
+
+def train(
     algorithm: Algorithm,
     messages: Sequence[Message],
-    shards: Shards,
+    shards: Shards | BlackBoxes,
     flat: FlatModel,
     states: ClientStates,
     seed: int,
@@ -167,8 +210,8 @@ def _train(
     """The replies of a round; clients' states are kept."""
 
     def one(message: Message) -> tuple[Vectors, Reply]:
-        rng = client_rng(seed, message.round, message.client)
-        return run_local(algorithm, states.get(message.client), message, shards.shard(message.client, flat), rng)
+        rng = client_rng(seed, message.draw, message.client)
+        return run_local(algorithm, states.get(message.client), message, shards.shard(message.client, flat, message.steps), rng)
 
     if executor == "vmap":
         return _train_at_once(algorithm, messages, shards, flat, states, seed)
@@ -176,29 +219,31 @@ def _train(
         done = [one(message) for message in messages]
     else:
         done = []
-        for future in as_completed([executor.submit(_counted, one, message) for message in messages]):
-            pair, gradients = future.result()
-            meters.count("gradients", gradients)  # a pool's threads do not see the counters that are open here
-            done.append(pair)
+        with torch.random.fork_rng(devices=[]):  # each client forks as well, but threads do not take turns at it
+            for future in as_completed([executor.submit(_counted, one, message) for message in messages]):
+                pair, counts = future.result()
+                for name, count in counts.items():
+                    meters.count(name, count)  # a pool's threads do not see the counters that are open here
+                done.append(pair)
     for state, reply in done:
         states.put(reply.client, state)
     return [reply for _, reply in done]
 
 
-def _counted(train: Callable[[Message], Any], message: Message) -> tuple[Any, float]:
-    """What `train` returns, and how many gradients it took."""
+def _counted(train: Callable[[Message], Any], message: Message) -> tuple[Any, Counter[str]]:
+    """What `train` returns, and what was counted meanwhile."""
     with meters.counting() as counts:
-        return train(message), counts["gradients"]
+        return train(message), counts
 
 
 def _train_at_once(
-    algorithm: Algorithm, messages: Sequence[Message], shards: Shards, flat: FlatModel, states: ClientStates, seed: int
+    algorithm: Algorithm, messages: Sequence[Message], shards: Any, flat: FlatModel, states: ClientStates, seed: int
 ) -> list[Reply]:
-    """The same, all clients' vectors stacked [S, d]; what every client is sent is the same."""
+    """The same, all clients' vectors stacked [S, d]."""
     clients = [message.client for message in messages]
-    stack = StackedShard([shards.shard(client, flat) for client in clients])
-    rngs = [client_rng(seed, messages[0].round, client) for client in clients]
-    state, reply = run_local(algorithm, states.get(clients), messages[0], stack, rngs)
+    stack = StackedShard([shards.shard(message.client, flat, message.steps) for message in messages])
+    rngs = [client_rng(seed, message.draw, message.client) for message in messages]
+    state, reply = run_local(algorithm, states.get(clients), stacked(messages), stack, rngs)
     states.put(clients, state)
     return [
         Reply(client, {name: rows[row] for name, rows in reply.vectors.items()}, {name: rows[row] for name, rows in reply.metrics.items()})

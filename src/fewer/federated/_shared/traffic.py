@@ -66,7 +66,7 @@ class Traffic:
 
     def came(self, client: int, record: RecordDict) -> None:
         """That client's reply came up."""
-        place = max(place for place, each in enumerate(self.transfers) if each.client == client)
+        place = next(place for place in reversed(range(len(self.transfers))) if self.transfers[place].client == client)
         self.transfers[place] = self.transfers[place]._replace(up=record_bytes(record), ideal_up=ideal_bytes_of(record))
 
     def total(self, rounds: Sequence[int] | None = None) -> tuple[int, int]:

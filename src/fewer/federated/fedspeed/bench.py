@@ -20,7 +20,7 @@ from fewer.devices import keep_ray_local
 from fewer.federated._shared.baselines import FedAvg, FedSAM, Scaffold
 from fewer.federated._shared.clients import Shards, client_rng
 from fewer.federated._shared.flat_model import FlatModel
-from fewer.federated._shared.flower import flower_client_app
+from fewer.federated._shared.flower_clients import flower_client_app
 from fewer.federated._shared.flower_records import wire_bytes
 from fewer.federated._shared.local_training import LocalConfig
 from fewer.federated._shared.simulate import simulate

@@ -9,7 +9,8 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fewer.federated._shared.flat_model import Loss, cross_entropy
-from fewer.federated._shared.flower import FlowerStrategy, LoadData, flower_client_app
+from fewer.federated._shared.flower import FlowerStrategy
+from fewer.federated._shared.flower_clients import LoadData, flower_client_app
 from fewer.federated.fedspeed.algorithm import FedSpeedAlgorithm, FedSpeedConfig
 
 

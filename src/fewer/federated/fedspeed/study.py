@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,19 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewer.errors import UserError
 from fewer.federated._shared.baselines import FedAvg, FedDyn, FedProx, FedSAM, Scaffold
-from fewer.federated._shared.clients import Shards
 from fewer.federated._shared.flat_model import FlatModel
 from fewer.federated._shared.flower_records import wire_bytes
 from fewer.federated._shared.local_training import LocalConfig
 from fewer.federated._shared.partition import dirichlet
+from fewer.federated._shared.problems import DATA_HELP, Size, shards_of
 from fewer.federated._shared.sampling import FixedSize, Independent
 from fewer.federated._shared.simulate import Round, simulate
 from fewer.federated.fedspeed.algorithm import FedSpeedAlgorithm, FedSpeedConfig
 from fewer.study import Curve, Estimate, Figure, LogUniform, Results, Scale, Study, Trial
 from fewer.study.results import All, bootstrap
-from fewer.tasks import IMAGES_HELP, ImageTask, accuracy, image_task, mlp, resnet18
+from fewer.tasks import ImageTask, accuracy, image_task, mlp, resnet18
 
 UNLIKE = 0.1  # concentration of the Dirichlet split
 MOST: dict[str, Any] = {"epochs": 5}  # local epochs where all arms meet
@@ -63,26 +61,12 @@ study = Study(
     ],
     time_limit=24 * 3600,
 )
-study.option("data", "fashion-mnist", help=f"{IMAGES_HELP} (and client [N]: who holds which)")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the federation is."""
-
-    images: int | None  # None: all
-    validation: int
-    test: int
-    clients: int
-    fraction: float
-    rounds: int
-    batch_size: int
-    side: int  # pixels
+study.option("data", "fashion-mnist", help=DATA_HELP)
 
 
 SIZES = {
-    Scale.QUICK: Size(2_000, 1_000, 2_000, 50, 0.2, 120, 20, 14),
-    Scale.FULL: Size(None, 5_000, 10_000, 100, 0.1, 1000, 50, 32),
+    Scale.QUICK: Size(2_000, 1_000, 2_000, clients=50, rounds=120, batch_size=20, side=14, fraction=0.2),
+    Scale.FULL: Size(None, 5_000, 10_000, clients=100, rounds=1000, batch_size=50, side=32, fraction=0.1),
 }
 
 
@@ -100,28 +84,14 @@ def make_model(task: ImageTask, scale: Scale, seed: int) -> nn.Module:
     return mlp(task.shape, task.classes, widths=(64,))
 
 
-def federation(task: ImageTask, trial: Trial) -> Shards:
-    """Who holds which images: as the user's file says, or a Dirichlet split."""
-    x, y = (part.to(trial.device) for part in task.train)
-    if "client" in task.beside:
-        names, holder = np.unique(task.beside["client"], return_inverse=True)
-        if len(names) < 2:
-            raise UserError(
-                f"{task.name}: client names {len(names)} client; expected at least 2, or no client array: a Dirichlet split is drawn"
-            )
-        trial.note("clients", f"{len(names)}, as the file says")
-        return Shards(x, y, [np.flatnonzero(holder == client) for client in range(len(names))])
-    clients = min(SIZES[trial.scale].clients, len(x) // (5 * FEWEST))
-    trial.note("clients", f"{clients}, Dirichlet {UNLIKE}")
-    return Shards(x, y, dirichlet(task.train[1], clients, UNLIKE, seed=trial.seed, min_size=FEWEST))
-
-
 def follow(task: ImageTask, trial: Trial, make: Callable[[dict[str, Any]], Any], epochs: int) -> None:
     """Run one arm with so many local epochs and log its course."""
     size, at = SIZES[trial.scale], {"epochs": epochs}
     algorithm = make({"local_epochs": epochs, "batch_size": size.batch_size, "lr": trial.settings["lr"]})
     flat = FlatModel(make_model(task, trial.scale, trial.seed).to(trial.device))
-    shards = federation(task, trial)
+    split = partial(dirichlet, alpha=UNLIKE, seed=trial.seed, min_size=FEWEST)
+    shards, words = shards_of(task, split, size.clients, how=f"Dirichlet {UNLIKE}", fewest=FEWEST, device=trial.device)
+    trial.note("clients", words)
     judged = tuple(part.to(trial.device) for part in (task.validation if trial.tuning else task.test))
     rounds = size.rounds // 2 if trial.tuning else size.rounds
     sampler = (FixedSize if trial.scale is Scale.QUICK else Independent)(size.fraction)

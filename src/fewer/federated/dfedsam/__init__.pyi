@@ -1,0 +1,3 @@
+from .algorithm import DFedSAMAlgorithm, DFedSAMConfig
+
+__all__ = ["DFedSAMAlgorithm", "DFedSAMConfig"]
