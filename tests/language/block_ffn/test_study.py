@@ -5,35 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 from block_ffn_models import IDS, make
+from own_model import figures_of, own_model
 
 from fewer.language import BlockFFNForCausalLM
 from fewer.language.block_ffn import study as room
 from fewer.language.block_ffn.peers import DenseForCausalLM, ReMoEForCausalLM, TopKForCausalLM
 from fewer.study import Scale
-from fewer.study.trial import FigureEvent, TrialSpec, run_trial
-from fewer.tasks import load_small_lm
+
+TEXT = "import os\n\ndef first(values):\n    return values[0]\n"
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A model directory and a text, as a user has them; the cache in a folder of its own."""
     folder = tmp_path_factory.mktemp("own")
-    (folder / "notes.txt").write_text("import os\n\ndef first(values):\n    return values[0]\n" * 900)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWER_CACHE", str(folder / "cache"))
         patch.setitem(room.STEPS, Scale.QUICK, 4)
-        lm = load_small_lm("family-micro", text=[folder / "notes.txt"])
-        lm.model.save_pretrained(folder / "model")
-        lm.tokenizer.save_pretrained(folder / "model")
-        yield {"model": str(folder / "model"), "text": str(folder / "notes.txt")}
+        yield own_model(folder, patch, TEXT)
 
 
 def figures(arm, settings):
     """What a trial logs; the same trial gives the same figures."""
-    events = []
-    run_trial(TrialSpec(room.__name__, "block-ffn", arm, 0, Scale.QUICK, settings), events.append)
-    assert events[-1].status == "done", events[-1].error
-    return {(event.name, *sorted(event.coordinates.items())): event.value for event in events if isinstance(event, FigureEvent)}
+    return figures_of(room, arm, settings)
 
 
 def test_arms_run_on_a_users_model_and_text(own):

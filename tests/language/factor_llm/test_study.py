@@ -8,37 +8,28 @@ from typing import Any
 
 import pytest
 import torch
+from own_model import figures_of, own_model
 
 from fewer.language._shared.model_directory import load_directory
 from fewer.language.factor_llm import study as room
 from fewer.language.factor_llm.factorization import unfactorize
 from fewer.language.factor_llm.loss import experts_of
 from fewer.study import Scale
-from fewer.study.trial import FigureEvent, TrialSpec, run_trial
-from fewer.tasks import load_small_lm
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model directory and a text, as a user has them; the cache in a folder of its own."""
     folder = tmp_path_factory.mktemp("own")
-    (folder / "notes.txt").write_text("import os\n\ndef first(values):\n    return values[0] + 12\n" * 900)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWER_CACHE", str(folder / "cache"))
         patch.setitem(room.STEPS, Scale.QUICK, 6)
         patch.setitem(room.HELD_OUT, Scale.QUICK, 1024)
         patch.setattr(room, "WIDE", {"hidden_size": 32, "intermediate_size": 64})
-        lm = load_small_lm("family-micro", text=[folder / "notes.txt"])
-        lm.model.save_pretrained(folder / "model")
-        lm.tokenizer.save_pretrained(folder / "model")
-        yield {"model": str(folder / "model"), "text": str(folder / "notes.txt"), "data": ""}
+        yield own_model(folder, patch) | {"data": ""}
 
 
 def figures(arm: str, settings: dict[str, Any]) -> dict[Any, Any]:
-    events: list[Any] = []
-    run_trial(TrialSpec(room.__name__, "factor-llm", arm, 0, Scale.QUICK, settings), events.append)
-    assert events[-1].status == "done", events[-1].error
-    return {(each.name, *sorted(each.coordinates.items())): each.value for each in events if type(each) is FigureEvent}
+    return figures_of(room, arm, settings)
 
 
 def test_arms_run_on_a_users_model_and_text(own: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_model import events_of, own_model
 from typer.testing import CliRunner
 
 from fewer.language import SPTModel
@@ -15,9 +16,8 @@ from fewer.language.spt import study as room
 from fewer.language.spt.command import app
 from fewer.study import Results, Scale, judge
 from fewer.study.results import Row
-from fewer.study.trial import FigureEvent, TrialSpec, run_trial
-from fewer.tasks import load_small_lm
 
+TEXT = "import os\n\ndef first(values):\n    return values[0]\n"
 ARMS = ("lora", "lora-fused", "spt-ffn", "spt-attention", "spt", "oracle")
 
 
@@ -25,9 +25,7 @@ ARMS = ("lora", "lora-fused", "spt-ffn", "spt-attention", "spt", "oracle")
 def own(tmp_path_factory: Any) -> Any:
     """A model directory and a text, as a user has them; the cache in a folder of its own."""
     folder = tmp_path_factory.mktemp("own")
-    (folder / "notes.txt").write_text("import os\n\ndef first(values):\n    return values[0]\n" * 900)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWER_CACHE", str(folder / "cache"))
         patch.setitem(room.STEPS, Scale.QUICK, 2)
         patch.setattr(room, "WINDOW", 64)
         patch.setattr(room, "LENGTHS", (64, 128))
@@ -35,19 +33,14 @@ def own(tmp_path_factory: Any) -> Any:
         patch.setattr(room, "BOOK_STEPS", 3)
         patch.setattr(room, "HELD_OUT", 256)
         patch.setattr(room, "SHAPES", room.Shapes(32, 64, 2, 16, 64))
-        lm = load_small_lm("family-micro", text=[folder / "notes.txt"])
-        lm.model.save_pretrained(folder / "model")
-        lm.tokenizer.save_pretrained(folder / "model")
+        own_model(folder, patch, TEXT)
         yield folder
 
 
 def figures(arm: str, folder: Path) -> list[Row]:
     """What a trial logs."""
-    events: list[Any] = []
     settings = {"model": str(folder / "model"), "text": str(folder / "notes.txt"), "data": ""}
-    run_trial(TrialSpec(room.__name__, "spt", arm, 0, Scale.QUICK, settings), events.append)
-    assert events[-1].status == "done", events[-1].error
-    return [Row(arm, 0, event.name, event.coordinates, event.value) for event in events if isinstance(event, FigureEvent)]
+    return [Row(arm, 0, event.name, event.coordinates, event.value) for event in events_of(room, arm, settings)]
 
 
 def test_arms_run_on_a_users_model_and_every_claim_has_its_figures(own: Path) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewer.data import folder_of, made_once
+from fewer.devices import one_thread
 from fewer.language._shared.from_scratch import MODEL_HELP, TEXT_HELP, Ground, ground, pretrain
 from fewer.language._shared.model_directory import load_directory
-from fewer.language._shared.timing import one_thread
 from fewer.language._shared.token_rows import documents_of
 from fewer.language.block_ffn.layer import BlockFFN, Kernel
 from fewer.language.block_ffn.model import BlockFFNConfig, BlockFFNForCausalLM

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewer.devices import one_thread
 from fewer.language._shared.feed_forward import count_parameters, decoder_layers, ffn_flops, width_of
-from fewer.language._shared.timing import one_thread, reading_seconds, writing_seconds
+from fewer.language._shared.timing import reading_seconds, writing_seconds
 from fewer.language._shared.trained import DATA_HELP, TEXT_HELP, Trained, trained
 from fewer.language.cfsp.calibration import CfspStats, calibrate
 from fewer.language.cfsp.peers import prune_by_global_threshold

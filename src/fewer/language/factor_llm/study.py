@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewer.language._shared.timing import one_thread, writing_seconds
+from fewer.devices import one_thread
+from fewer.language._shared.timing import writing_seconds
 from fewer.language._shared.trained import DATA_HELP, TEXT_HELP, Trained, trained
 from fewer.language.cfsp import calibrate, prune, recover
 from fewer.language.factor_llm.adaptation import AdaptConfig, adapt

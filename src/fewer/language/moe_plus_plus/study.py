@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewer.devices import one_thread
 from fewer.language._shared.from_scratch import MODEL_HELP, TEXT_HELP, Ground, ground, pretrain
-from fewer.language._shared.timing import one_thread
 from fewer.language.moe_plus_plus.layer import MoEPlusPlus
 from fewer.language.moe_plus_plus.model import PRESETS, MoEPlusPlusConfig, MoEPlusPlusForCausalLM
 from fewer.language.moe_plus_plus.router import heterogeneous_capacity, select

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from fewer.data import fetch_smollm2, load_state_of_the_union
+from fewer.devices import one_thread
 from fewer.inputs import read_pairs, read_text
 from fewer.language._shared.fine_tuning import fine_tune
 from fewer.language._shared.lora import with_lora
 from fewer.language._shared.model_directory import load_directory
 from fewer.language._shared.questions import Pair, Problems, answer_loss, draw_sums, encode, judge
 from fewer.language._shared.structure import structure_of
-from fewer.language._shared.timing import one_thread
 from fewer.language.s2ft.adapters.adapter import Adapter, Slice
 from fewer.language.s2ft.config import S2FTConfig
 from fewer.language.s2ft.model import S2FTModel, get_s2ft_model

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewer.data import load_state_of_the_union
+from fewer.devices import one_thread
 from fewer.language._shared.model_directory import load_directory, load_tokenizer
-from fewer.language._shared.timing import one_thread
 from fewer.language._shared.trained import DATA_HELP, corpus_of_pairs
 from fewer.language.spt.attention import sparse_attention
 from fewer.language.spt.model import SPTConfig, SPTModel, get_spt_model, with_lora

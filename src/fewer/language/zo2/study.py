@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fewer.data import WEIGHTS, fetch_smollm2, folder_of, load_state_of_the_union, made_once
+from fewer.devices import one_thread
 from fewer.files import read_json
 from fewer.language._shared.fine_tuning import fine_tune
 from fewer.language._shared.model_directory import load_directory, load_tokenizer
-from fewer.language._shared.timing import one_thread
 from fewer.language._shared.trained import corpus_of_pairs
 from fewer.language.zo2.checkpoints import Digest
 from fewer.language.zo2.mezo import MeZO, StepResult, ZO2Config
