@@ -327,3 +327,31 @@ def test_the_addresses_are_read_from_the_archive_of_their_package():
     assert sum(len(text) for _, text in addresses) > 10_000_000
     assert all(1790 <= int(name[:4]) <= 2030 for name, _ in addresses)
     assert "Fellow-Citizens" in addresses[0][1]
+
+
+def test_figures_of_a_machine_are_measured_once_and_again_where_the_file_is_none(cache):
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Rates:
+        a: float
+
+    made: list[Rates] = []
+
+    def measure() -> Rates:
+        made.append(Rates(float(len(made))))
+        return made[-1]
+
+    folder = data.folder_of("machine", "rates", {"threads": 2})
+
+    def ask(**words: bool) -> Rates:
+        return data.measured_once(folder, lambda kept: Rates(**kept), measure, **words)
+
+    assert [ask(), ask()] == [Rates(0.0), Rates(0.0)]
+    assert ask(fresh=True) == ask() == Rates(1.0)
+    file = folder.with_suffix(".json")
+    assert file.is_relative_to(cache)
+    for text in ('{"a": 1', '{"b": 1}', "[]"):
+        file.write_text(text)
+        assert ask() == made[-1]
+    assert len(made) == 5

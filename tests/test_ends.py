@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+import sys
 
 import pytest
 
@@ -66,6 +67,29 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(outside, tmp_path, nu
     again = subprocess.run([*words[:-1], "3"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "done before" in again.stderr
     assert os.listdir(tmp_path / "tmp") == [], "what a killed run left is swept by the next"
+
+
+STRUCK = """
+import multiprocessing.reduction as reduction, os, signal, sys
+real, calls = reduction.sendfds, []
+def struck(*words):
+    calls.append(words)
+    if len(calls) == 3:  # by then the server that forks trials listens
+        os.kill(os.getpid(), signal.{number})
+    return real(*words)
+reduction.sendfds = struck
+sys.argv = ["fewer", "run", "guessing", "--seeds", "2"]
+from fewer.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_end_while_a_trial_is_being_started_prints_no_traceback(outside, tmp_path, number):
+    words = [sys.executable, "-c", STRUCK.format(number=number.name)]
+    ended = subprocess.run(words, cwd=tmp_path, env=command_environment(outside), stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("delay", [0.3, 1.0, 1.8])

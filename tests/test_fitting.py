@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewer.fitting import BestState, History, LastState, fit_stages, fit_steps, over_batches
+from fewer.fitting import BestState, History, LastState, MovingAverage, fit_stages, fit_steps, over_batches
 
 
 def counting_layer():
@@ -132,3 +132,27 @@ def test_batches_that_end_too_early_are_told():
     for batches in ([], iter([torch.tensor(1.0)])):
         with pytest.raises(ValueError, match="there are no batches left"):
             fit_steps(torch.optim.SGD([weight], lr=0.5), lambda x: weight * x, batches, 4)
+
+
+def test_the_moving_average_is_the_written_recursion_and_takes_buffers_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    average, expected = MovingAverage(model, 0.5), [each.detach().clone() for each in model.parameters()]
+    for n in range(12):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.normal_()
+        model(torch.randn(4, 3, dtype=torch.float64))
+        average.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = [decay * mean + (1 - decay) * weight for mean, weight in zip(expected, model.parameters(), strict=True)]
+    for mean, right in zip(average.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(mean, right.detach(), rtol=0, atol=1e-14)
+    assert torch.equal(average.model[1].running_mean, model[1].running_mean)
+    assert not average.model.training
+    assert not any(each.requires_grad for each in average.model.parameters())
+
+
+def test_a_model_is_trained_even_where_its_caller_records_no_gradients() -> None:
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    with torch.no_grad():
+        assert fit_steps(torch.optim.SGD([weight], lr=0.25), lambda x: (weight * x) ** 2, [torch.tensor(1.0)], 2) == [1.0, 0.25]

@@ -62,6 +62,17 @@ def test_a_curve_keeps_points_that_not_every_seed_has_and_says_so(record):
     assert charts.svg(charts.chart(partial, declared)).startswith("<svg")
 
 
+def test_a_curve_over_bytes_is_drawn_over_mebibytes_as_its_axis_says(record):
+    figures = record.figures | {
+        name: {"mean": [({"size": size}, [size * scale] * 3) for size in (1, 2)]} for name, scale in (("error", 0.1), ("sent", 2.0**20))
+    }
+    shown = [*record.shown, Figure("sent", "bytes sent", "bytes")]
+    drawn = charts.chart(msgspec.structs.replace(record, figures=figures, shown=shown), Curve("error", over="size", x="sent"))
+    assert drawn is not None
+    assert [point["x"] for point in drawn.to_dict()["data"]["values"]] == [1.0, 2.0]
+    assert "bytes sent (MiB)" in charts.svg(drawn)
+
+
 def test_categories_are_drawn_a_row_each(record):
     figures = record.figures | {
         "loss": {arm: [({"network": name}, [1.0, 2.0]) for name in ("small", "large")] for arm in ("median", "mean")}

@@ -55,7 +55,7 @@ def test_every_card_of_the_house_is_complete_and_in_its_place():
     for card in papers.cards():
         if card.package.startswith("fewer."):
             assert card.package == f"fewer.{card.area}.{card.slug.replace('-', '_')}"
-            assert card.results, f"{card.slug} has none of its paper's numbers"
+            assert card.results or card.no_results, f"{card.slug} has none of its paper's numbers and does not say why"
 
 
 FACTS = ROOT / ".." / "shared" / "papers.toml"

@@ -20,6 +20,7 @@ from fewer.study import (
     Bench,
     Choice,
     Estimate,
+    Figure,
     LocalEngine,
     LogUniform,
     NotTestable,
@@ -144,6 +145,19 @@ def test_parallel_jobs_give_the_figures_of_one(store, tmp_path):
         together = run(plan(guessing, MODULE, seeds=2, jobs=2, store=opened), opened, LocalEngine(jobs=2))
     figures = [[row for row in outcome.results.rows if not row.figure.startswith("work.")] for outcome in (alone, together)]
     assert figures[0] == figures[1]
+
+
+def test_a_study_says_how_many_trials_go_at_a_time_and_the_command_may_say_otherwise(monkeypatch):
+    monkeypatch.setattr("fewer.study.runner.usable_cores", lambda: 2)
+    counted = Study("counted", question="?", jobs=4)
+    counted.arm("only")(lambda task, trial: None)
+    assert plan(counted, MODULE).jobs == 2
+    assert {spec.threads for spec in plan(counted, MODULE).specs} == {1}
+    assert plan(counted, MODULE, jobs=1).jobs == 1
+    assert plan(counted, MODULE, device="cuda").jobs == 1
+    assert plan(guessing, MODULE).jobs == 1
+    with pytest.raises(ValueError, match="counted: jobs is 2 and seconds are told; expected cpu_seconds, or one trial at a time"):
+        Study("counted", question="?", figures=[Figure("seconds", "time")], jobs=2)
 
 
 def test_an_arm_cannot_reach_test_data_while_settings_are_tuned():

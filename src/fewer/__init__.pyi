@@ -7,6 +7,7 @@ from . import (
     forward_only,
     graphs,
     language,
+    lowbit,
     meters,
     optimization,
     papers,
@@ -18,6 +19,6 @@ from . import (
 
 __version__: str
 __all__ = [
-    "control", "data", "diffusion", "errors", "federated", "forward_only", "graphs", "language", "meters", "optimization", "papers", "report",
+    "control", "data", "diffusion", "errors", "federated", "forward_only", "graphs", "language", "lowbit", "meters", "optimization", "papers", "report",
     "signals", "study", "tasks",
 ]  # fmt: skip

@@ -158,6 +158,37 @@ def read_pairs(file: str | Path, names: tuple[str, str] = ("prompt", "completion
     return pairs
 
 
+def read_fasta(file: str | Path, letters: str) -> list[tuple[str, str]]:
+    """(header, sequence) of each record of a FASTA file, sequences in upper case.
+
+    Args:
+        letters: the alphabet, upper case.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no record, one without letters, or a letter of no alphabet; the message names the file, the record and the position.
+    """
+    records: list[tuple[str, list[str]]] = []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if line.startswith(">"):
+            records.append((line[1:].strip(), []))
+        elif line.strip() and not line.startswith(";"):
+            if not records:
+                raise ValueError(
+                    f"{file}, line {number}: letters before the first '>'; expected a FASTA file: a line '>name', then its letters"
+                )
+            records[-1][1].append("".join(line.split()).upper())
+    if not records:
+        raise ValueError(f"{file} holds no sequences; expected a FASTA file: a line '>name', then its letters")
+    found = [(header, "".join(parts)) for header, parts in records]
+    for number, (header, sequence) in enumerate(found, 1):
+        at = next((i for i, letter in enumerate(sequence, 1) if letter not in letters), None)
+        if at is not None or not sequence:
+            what = f"has {sequence[at - 1]!r} at position {at}" if at else "has no letters"
+            raise ValueError(f"{file}, record {number} ({header[:40]}) {what}; expected letters of {letters}: mend or drop that record")
+    return found
+
+
 def _file(file: str | Path, what: str) -> Path:
     path = Path(file)
     try:

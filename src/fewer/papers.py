@@ -138,6 +138,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     peers: list[Line]
     results: list[PaperResult]
     brief: Annotated[str, msgspec.Meta(max_length=BRIEF, pattern=r"^[^\n]*$")] = ""  # the summary for a line of a list
+    no_results: str = ""  # why none of the paper's own numbers stands here, where none could be read
     works_with: list[Line] = msgspec.field(default_factory=list)  # `applies_to` in the method's own words: which objects of which library
     venue: str = ""
     large: str = ""  # why it takes more lines than a method should

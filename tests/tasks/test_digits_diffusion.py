@@ -16,6 +16,7 @@ from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser, draw_sigma
 from fewer.tasks.digit_features import DigitFeatures, train_features
 from fewer.tasks.digit_sampling import SIGMA_MAX, SIGMA_MIN, unipc
 from fewer.tasks.digits_diffusion import RECIPES, DigitsDiffusion, digit_images
+from fewer.tasks.tile_denoiser import TileDenoiser, TileRecipe, train_tiles
 
 SMALL = DenoiserRecipe(side=8, width=32, blocks=1, classes=10, steps=40, batch=64, warm_up=5)
 
@@ -175,3 +176,34 @@ def test_what_is_asked_for_wrongly_is_refused(small):
         small.reference(torch.zeros(1, 1, 8, 8), scale=2.0)
     with pytest.raises(ValueError, match="knows no labels"):
         dataclasses.replace(small, kind="digits8").guided(2.0, torch.tensor([1]))
+
+
+def test_the_model_of_pieces_learns_and_takes_any_size_a_flag_and_reaches_into_its_attention():
+    images, labels = torch.randn(20, 1, 32, 32).clamp(-1, 1), torch.arange(20) % 10
+    net = train_tiles(TileRecipe(steps=3, batch=8), images, labels, lambda *said: None)
+    assert not net.training
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(456e3, rel=0.01)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, label, kept = torch.randn(2, 1, 20, 32), torch.tensor([3, -1]), []
+    plain = net(x, 0.7, label, keep=lambda map_, grid: kept.append((map_, grid)))
+    assert plain.shape == x.shape
+    ((map_, grid),) = kept
+    assert (grid, map_.shape) == ((5, 8), (2, 40, 4))
+    torch.testing.assert_close(map_.sum(-1), torch.ones(2, 40))
+    same = net(x, 0.7, label, mix=lambda out, values, grid: out)
+    other = net(x, 0.7, label, mix=lambda out, values, grid: out + kept[0][0] @ values)
+    assert torch.equal(same, plain)
+    assert not torch.allclose(other, plain)
+    assert not torch.allclose(net(x, 0.7, label, flag=1), plain)
+    torch.testing.assert_close(net(x, 0.7, label, flag=torch.tensor([1, 0]))[1:], plain[1:])
+    torch.testing.assert_close(net(x[1:], 0.7), plain[1:])
+
+
+def test_the_model_of_pieces_has_images_twice_as_large_and_no_reference(small):
+    made = dataclasses.replace(small, kind="mnist_tiles")
+    assert made.shape == (1, 32, 32)
+    with pytest.raises(ValueError, match="expected another kind"):
+        made.reference(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="divisible by 4"):
+        TileDenoiser(TileRecipe())(torch.zeros(1, 1, 30, 32), 1.0)

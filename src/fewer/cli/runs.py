@@ -49,7 +49,12 @@ def run(
     arm: ARMS = None,
     seeds: Annotated[int | None, typer.Option(min=1, max=MANY, help="How many seeds (default: the study's, 3).")] = None,
     settings: SET = None,
-    jobs: Annotated[int, typer.Option(min=1, max=MANY, help="Trials at a time. More than one makes times hard to compare.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MANY, help="Trials at a time (default: the study's, 1 where it tells times; more make them hard to compare)."
+        ),
+    ] = None,
     engine: Annotated[EngineName, typer.Option(help="Where trials run.")] = EngineName.local,
     address: Annotated[str | None, typer.Option(help="The Ray cluster's address (none: start a local one).")] = None,
     store: STORE = DEFAULT_STORE,
@@ -77,7 +82,7 @@ def run(
             study, study_module(slug), scale=scale_of(scale, full), given=given_options(settings), arms=arm or [], seeds=seeds, device=choose_device(device),
             jobs=jobs, store=opened,
         )  # fmt: skip
-        chosen = room.LocalEngine(jobs) if engine is EngineName.local else room.RayEngine(address, jobs if jobs > 1 else None)
+        chosen = room.LocalEngine(plan.jobs) if engine is EngineName.local else room.RayEngine(address, jobs)
         if engine is EngineName.ray:
             where = f"the Ray cluster at {escaped(address)}" if address else "a Ray cluster of this machine's own, on the loopback address"
             Console(stderr=True, highlight=False).print(f"Trials run on {where}.", soft_wrap=True)
@@ -216,7 +221,7 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
     with tempfile.TemporaryDirectory(prefix="fewer-record-") as folder, room.Store(Path(folder) / "store.sqlite", write=True) as opened:
         plan = room.plan(study, study_module(slug), device="cpu", store=opened)
         with progress.RunProgress(quiet=quiet) as observer:
-            outcome = room.run(plan, opened, room.LocalEngine(), observer)
+            outcome = room.run(plan, opened, room.LocalEngine(plan.jobs), observer)
     if outcome.failed:
         raise WorkFailed(f"a record needs every trial, and some failed: {outcome.failed}")
     made = msgspec.structs.replace(make_record(outcome, races), commit=commit)

@@ -23,6 +23,7 @@ from fewer.report.drawing import (
     arm_axis,
     axis_title,
     colours_of,
+    coordinate_title,
     dashes_of,
     figure_of,
     in_unit,
@@ -165,7 +166,10 @@ def _curve(record: Record, declaration: Curve) -> Any:
         return None
     figure = figure_of(record, declaration.figure, of_curve=True)
     y_scale = alt.Scale(type="log" if declaration.log else "linear", zero=False, nice=True)
-    x_title = axis_title(record, declaration.x or declaration.over, of_curve=True)
+    x_title = coordinate_title(declaration.over)
+    if declaration.x:
+        x_title = axis_title(record, declaration.x, of_curve=True)
+        points = in_unit(points, figure_of(record, declaration.x, of_curve=True), "x")
     base = alt.Chart(alt.Data(values=in_unit(points, figure, "mean", "low", "high"))).encode(
         x=alt.X("x:Q", title=x_title, scale=alt.Scale(type="log" if declaration.log_x else "linear", zero=False), axis=_ticks(points)),
         color=colours_of(record, {point["arm"] for point in points}),

@@ -14,6 +14,8 @@ INK = "#123456"  # stands for the page's own text colour
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#AA4499", "#8C6BB1", "#7F7F7F")
 WIDTH, ROW, FONT = 270, 28, 14
 TITLE = 40  # characters a line of an axis' title
+LEGEND = 26  # characters of a label that stands beside another
+COORDINATES = {"calls": "network calls"}  # in words; the others are told as they are logged
 TICK = ".4~g"  # digits of a tick: without a number those of the distance between ticks, and 0.125 would read 0.1
 LABELS = 170  # pixels for an arm's name
 SLACK = 24  # more, as a browser's letters may be wider than those that the chart was laid out with
@@ -37,6 +39,11 @@ def axis_title(record: Record, name: str, *, of_curve: bool = False) -> list[str
     figure = figure_of(record, name, of_curve=of_curve)
     unit = "MiB" if figure.unit == "bytes" else figure.unit
     return textwrap.wrap(f"{figure.label} ({unit})" if unit else figure.label, TITLE)
+
+
+def coordinate_title(over: str) -> list[str]:
+    """A coordinate in words. A figure of the same name may count something else, so that its label says nothing here."""
+    return textwrap.wrap(COORDINATES.get(over, over.replace("_", " ")), TITLE)
 
 
 def in_unit(rows: list[dict[str, Any]], figure: Figure, *names: str) -> list[dict[str, Any]]:
@@ -74,12 +81,10 @@ def colours_of(record: Record, present: set[str], *, legend: bool = True) -> Any
 
     labels = [arm.label for arm in record.arms.values()]
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(labels))]
+    named = [label for label in labels if label in present]
+    columns = 2 if max(map(len, named), default=0) <= LEGEND else 1  # two of long labels would make the whole chart small
     shown = (
-        alt.Legend(
-            title=None, orient="bottom", columns=2, columnPadding=24, values=[label for label in labels if label in present], labelLimit=260
-        )
-        if legend
-        else None
+        alt.Legend(title=None, orient="bottom", columns=columns, columnPadding=24, values=named, labelLimit=WIDTH + 90) if legend else None
     )
     return alt.Color("arm:N", scale=alt.Scale(domain=labels, range=colours), legend=shown)
 

@@ -105,6 +105,12 @@ class Study:
         time_limit: seconds after which a trial is stopped and recorded as timed out.
         memory_limit: bytes of data a trial may hold, or None.
         objective: the figure that tuning maximises, as the arms report it by `trial.objective`, in words.
+        seeds: how many, unless the command says.
+        jobs: trials at a time, unless the command says, and at most one a core; more than one where arms take one thread and no time of the
+            clock is told (processor time may be).
+
+    Raises:
+        ValueError: several trials at a time, and "seconds" among the figures.
 
     Examples:
         >>> study = Study("guess", question="Which guess is nearer?", baseline="zero")
@@ -129,11 +135,16 @@ class Study:
     memory_limit: int | None = None
     objective: str = "validation accuracy"
     seeds: int = 3
+    jobs: int = 1
     options: dict[str, Option] = field(default_factory=dict, init=False)
     arms: dict[str, Arm] = field(default_factory=dict, init=False)
     claims: list[Claim] = field(default_factory=list, init=False)
     _task: Callable[..., Any] | None = field(default=None, init=False)
     _summary: Callable[..., str] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.jobs > 1 and any(figure.name == "seconds" for figure in self.figures):
+            raise ValueError(f"{self.slug}: jobs is {self.jobs} and seconds are told; expected cpu_seconds, or one trial at a time")
 
     def option(
         self,

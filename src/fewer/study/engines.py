@@ -142,9 +142,10 @@ def _arrived(descriptor: Any) -> int:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the block ends, and never reaches a process that is started in it: the parent alone decides."""
+    """Ctrl-C and SIGTERM wait until the block ends, so that no process is left half started, and never reach one that is started in it:
+    the parent alone decides."""
     _start_tracker()  # which would let Ctrl-C through again if it were started within
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -173,6 +174,7 @@ def _context(spec: TrialSpec) -> BaseContext:
 def _work(connection: Connection, words: bytes, output: int, scratch: str) -> None:
     """The worker's main: run the trial, send its events, keep its own prints out of the terminal, and end when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held while this process was started
     _die_with_parent()
     os.environ["TMPDIR"] = tempfile.tempdir = scratch  # what a killed trial leaves is swept with it
     for stream in (1, 2):

@@ -22,7 +22,7 @@ from fewer.study.verdicts import Verdict, judge
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials of one run: arms times seeds, each fully named, and where each arm's settings come from."""
+    """The trials of one run: arms times seeds, each fully named, where each arm's settings come from, and how many go at a time."""
 
     study: Study
     module: str
@@ -30,6 +30,7 @@ class Plan:
     options: dict[str, Any]
     specs: tuple[TrialSpec, ...]
     origins: dict[str, str]  # arm -> origin of its settings
+    jobs: int = 1
 
 
 class Observer:
@@ -65,10 +66,10 @@ def plan(
     arms: Sequence[str] = (),
     seeds: int | None = None,
     device: str = "cpu",
-    jobs: int = 1,
+    jobs: int | None = None,
     store: Store | None = None,
 ) -> Plan:
-    """Name the trials of a run; UserError on unknown arms or options, or fewer than one seed.
+    """Name the trials of a run, and how many go at a time; UserError on unknown arms or options, or fewer than one seed.
 
     Seeds go round before arms do, so that a run that is broken off has compared all arms on the seeds it has done.
     """
@@ -82,11 +83,13 @@ def plan(
     settings, origins = {}, {}
     for arm in chosen:
         settings[arm.name], origins[arm.name] = choose_settings(study, module, arm, scale, options, store)
+    if jobs is None:
+        jobs = min(study.jobs, usable_cores()) if device == "cpu" else 1
     threads = max(1, usable_cores() // jobs)
     specs = tuple(
         TrialSpec(module, study.slug, arm.name, seed, scale, settings[arm.name], device, threads) for seed in range(seeds) for arm in chosen
     )
-    return Plan(study, module, scale, options, specs, origins)
+    return Plan(study, module, scale, options, specs, origins, jobs)
 
 
 def prepare(plan: Plan, engine: Engine, observer: Observer) -> None:

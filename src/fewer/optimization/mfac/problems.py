@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from fewer.data import WEIGHTS, folder_of, made_once
+from fewer.devices import one_thread
 from fewer.fitting import batches_of, fit_steps
 from fewer.meters import median_seconds
 from fewer.optimization.mfac.gradients import collect_gradients, flatten, split_like, weight_matrices
@@ -146,12 +147,8 @@ def push_seconds(window: int, dim: int, device: str, seed: int) -> float:
         fisher.push_and_apply(g)
         finish(g)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return median_seconds(push, processor=not g.is_cuda)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def finish(x: Tensor) -> None:
