@@ -92,6 +92,16 @@ def test_a_metric_contracts_in_its_own_norm():
     assert torch.allclose(log_norm(made, t, x, metric=T), torch.linalg.eigvalsh((J + J.mT) / 2).amax(1), atol=1e-8)
 
 
+def test_a_metric_of_whole_numbers_has_its_own_inverse():
+    metric = torch.tensor([[2, 0], [0, 1]])
+    made = ContractingResidual(2, 4, metric=metric)
+    assert torch.equal(made.inverse, torch.tensor([[0.5, 0.0], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"metric is \(3, 2\); expected a square matrix \(2, 2\)"):
+        log_norm(made, torch.rand(3), torch.randn(3, 2), metric=torch.ones(3, 2))
+    with pytest.raises(ValueError, match="x has a NaN or infinite number"):
+        log_norm(made, torch.rand(3), torch.full((3, 2), math.nan))
+
+
 def test_the_gate_counts_from_zero_and_is_kept_there():
     made = ContractingResidual(3, 8, 2.0, gate=0.0)
     t, x = torch.rand(5), torch.randn(5, 3)
@@ -164,6 +174,9 @@ def test_iss_bounds_two_runs_under_bounded_random_forcing():
         assert float((end[0] - end[1]).norm()) <= iss_bound(float((x[0] - x[1]).norm()), D, 2.0, t)
     pushed = odeint(lambda t, x: -2 * x + torch.tensor([[D], [0.0]]), torch.zeros(2, 1).double(), 400, method="rk4")
     assert float(pushed[0] - pushed[1]) == pytest.approx(iss_bound(0.0, D, 2.0), rel=1e-6)  # and is met
+    assert iss_bound(1.0, D, 1e-12) == pytest.approx(1 + D)
+    with pytest.raises(ValueError, match="rate is 0.0; expected a finite number above 0"):
+        iss_bound(1.0, D, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

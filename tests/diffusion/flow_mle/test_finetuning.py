@@ -45,7 +45,7 @@ def test_the_loss_of_a_linear_field_and_its_gradient_are_the_closed_form():
     loss.backward()
     outer = 2 / error.numel() * error.T @ x0  # d loss / d (I + A / K)^K
     by_hand = sum(power[j].T @ outer @ power[K - 1 - j].T for j in range(K)) / K
-    assert torch.allclose(field.A.grad, by_hand, atol=1e-10)
+    assert torch.allclose(field.A.grad, by_hand, atol=1e-10, rtol=0)
 
 
 def test_a_learned_sigma_is_the_likelihoods_and_the_anchor_is_flow_matching():
@@ -57,10 +57,7 @@ def test_a_learned_sigma_is_the_likelihoods_and_the_anchor_is_flow_matching():
     assert float(learned(field, x0, x1)) == pytest.approx(-float(likelihood))
     anchored = float(ReconstructionMLE(3, fm_weight=0.1)(field, x0, x1, generator=torch.Generator().manual_seed(1)))
     draw = torch.Generator().manual_seed(1)
-    fresh, t = torch.randn(9, 2, generator=draw).double(), torch.rand(9, generator=draw).double()
-    fresh, t = (lambda g: (torch.randn(9, 2, generator=g, dtype=torch.float64), torch.rand(9, generator=g, dtype=torch.float64)))(
-        torch.Generator().manual_seed(1)
-    )
+    fresh, t = torch.randn(9, 2, generator=draw, dtype=torch.float64), torch.rand(9, generator=draw, dtype=torch.float64)
     assert anchored == pytest.approx(mse + 0.1 * float(flow_matching_loss(field, fresh, x1, t)))
 
 
@@ -135,6 +132,28 @@ def test_a_whole_field_and_an_own_residual_come_back_from_disk(tmp_path):
         made.save(tmp_path / "own")
 
 
+@pytest.mark.parametrize("mode", ["full", "residual"])
+def test_fields_with_counters_and_in_float64_come_back_from_disk(mode, tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+            self.net = small().double()
+
+        def forward(self, t, x):
+            return self.net(t, x)
+
+    base, data = Counting(), torch.randn(16, 4).double()
+    made = finetune(base, data, steps=2, mode=mode, config=FEW)
+    made.save(tmp_path / "made")
+    assert torch.equal(load_finetuned(tmp_path / "made", base).sample(data), made.sample(data))
+    net = small().double()
+    with torch.no_grad():
+        net.layers[0].weight.add_(1e-12)
+    net.save_pretrained(tmp_path / "net")
+    assert torch.equal(VelocityMLP.from_pretrained(tmp_path / "net")(torch.zeros(16).double(), data), net(torch.zeros(16).double(), data))
+
+
 def test_random_pairs_of_two_points_go_to_their_mean_and_inverted_ones_keep_both():
     """A flow that is exact but for its solver: two points at -1 and 1, reached by a field that is steep near the middle."""
 
@@ -162,6 +181,36 @@ def test_random_pairs_of_two_points_go_to_their_mean_and_inverted_ones_keep_both
     assert float(ends["random"].mean().abs()) < 0.2
     assert float((ends["invert"].abs() - 1).abs().median()) < 0.2
     assert 0.3 < float((ends["invert"] > 0).float().mean()) < 0.7
+
+
+def test_random_pairs_take_fresh_noise_though_latents_be_known(monkeypatch):
+    from fewer.diffusion.flow_mle import finetuning
+
+    seen, real = [], finetuning.noise_for
+    monkeypatch.setattr(finetuning, "noise_for", lambda x1, latents, *rest: seen.append(latents) or real(x1, latents, *rest))
+    data = torch.randn(16, 4)
+    finetune(small(), data, steps=1, pairing="random", force=True, latents=data, config=FEW)
+    assert seen == [None] * len(seen)
+
+
+def test_what_was_tuned_can_be_tuned_on():
+    base, data = small(), torch.randn(16, 4)
+    for mode in ("residual", "contracting"):
+        first = finetune(base, data, steps=2, mode=mode, config=FEW)
+        again = finetune(base, data, steps=2, mode=mode, residual=first.adapter, config=FEW)
+        assert again.report["parameters"] == first.report["parameters"]
+        assert not torch.equal(again.sample(data), first.sample(data))
+    whole = finetune(base, data, steps=2, config=FEW).field
+    assert all(each.requires_grad for each in whole.parameters())
+
+
+def test_a_condition_may_be_a_single_number():
+    field, x1, labels = small(cond_dim=1), torch.randn(12, 4), torch.arange(12) % 3
+    draws = [
+        finetune(field, (x1, cond), steps=1, mode="residual", pairing="mixed", config=FEW).sample(x1, cond)
+        for cond in (labels, labels[:, None].float())
+    ]
+    assert torch.equal(*draws)
 
 
 def test_mixed_pairs_and_latents_made_anew(monkeypatch):
@@ -240,6 +289,9 @@ def test_random_pairs_measure_what_the_condition_leaves_open():
         ({"mix": 2.0}, "mix is 2.0"),
         ({"data": torch.full((4, 4), math.nan)}, "data has a NaN or infinite number in row 0"),
         ({"data": torch.randn(4, 4).half()}, "expected float32 or float64"),
+        ({"data": torch.randn(4, 4).double()}, "data are torch.float64 and the field's weights torch.float32; expected the same"),
+        ({"data": torch.randn(4, 4).numpy()}, "data is a ndarray; expected a tensor"),
+        ({"data": [torch.randn(4, 4), torch.randn(4, 1)]}, r"data is a list; expected a tensor x1, or the tuple \(x1, cond\)"),
         ({"data": torch.randn(4)}, r"data are \(4,\)"),
         ({"data": (torch.randn(4, 4), torch.randn(3, 1))}, r"cond is \(3, 1\) for data \(4, 4\); expected one row each"),
         ({"latents": torch.randn(4, 3)}, r"latents is \(4, 3\)"),
@@ -252,7 +304,10 @@ def test_bad_words_are_refused(words, said):
         finetune(small(), **given)
 
 
-@pytest.mark.parametrize("words", [{"updates": 0}, {"lr": -1.0}, {"clip": 0}, {"rate": -1}, {"ema": 2}, {"reinvert_every": -1}])
+@pytest.mark.parametrize(
+    "words",
+    [{"updates": 0}, {"lr": -1.0}, {"clip": 0}, {"rate": -1}, {"ema": 2}, {"reinvert_every": -1}, {"method": "ruler"}, {"sigma": "own"}],
+)
 def test_bad_settings_are_refused(words):
     with pytest.raises(ValueError, match="expected"):
         FineTuneConfig(**words)
@@ -263,8 +318,12 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_finetuned(tmp_path / "none", small())
     made.save(tmp_path / "a")
+    said = json.loads((tmp_path / "a" / "config.json").read_text())
     (tmp_path / "a" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="expected what FineTuned.save writes"):
+        load_finetuned(tmp_path / "a", small())
+    (tmp_path / "a" / "config.json").write_text(json.dumps({**said, "sizes": {"sides": 3}}))
+    with pytest.raises(ValueError, match="does not fit this VelocityMLP .*sides"):
         load_finetuned(tmp_path / "a", small())
     made.save(tmp_path / "b")
     (tmp_path / "b" / "model.safetensors").write_bytes(b"x")

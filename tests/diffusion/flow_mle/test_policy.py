@@ -61,6 +61,25 @@ def test_chunks_are_given_out_and_drawn_anew(policy):
         made.act(torch.randn(3, 2))
 
 
+def test_a_policy_is_fitted_on_after_its_tuning_and_takes_any_precision(policy):
+    made, (obs, actions) = copy.deepcopy(policy), demonstrations(20)
+    made.finetune(obs.double(), actions.double(), steps=1, config=FineTuneConfig(updates=2))
+    before = made.plan(obs.double(), torch.Generator().manual_seed(0))
+    assert before.dtype == torch.float32
+    made.fit(obs.double(), actions.double(), updates=2)
+    assert int(made.tuned) == 0
+    assert not torch.equal(made.plan(obs, torch.Generator().manual_seed(0)), before)
+
+
+def test_demonstrations_that_are_not_finite_change_nothing():
+    made, (obs, actions) = FlowPolicy(2, 2, horizon=4, width=8), demonstrations(5)
+    obs[3] = float("nan")
+    before = copy.deepcopy(made.state_dict())
+    with pytest.raises(ValueError, match="cond has a NaN or infinite number in row 3"):
+        made.fit(obs, actions, updates=1)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
 def test_a_policy_is_a_module_like_any_other(policy):
     twin, obs = FlowPolicy(2, 2, horizon=4, execute=2, width=64), demonstrations(5)[0]
     twin.load_state_dict(policy.state_dict())

@@ -1,7 +1,7 @@
 from .contraction import ContractingResidual, log_norm
-from .finetuning import FineTuneConfig, FineTuned, ReconstructionMLE, finetune, flow_matching_loss, load_finetuned
+from .finetuning import FineTuneConfig, FineTuned, finetune, load_finetuned
 from .policy import FlowPolicy
-from .solver import error_bound, invert, iss_bound, odeint
+from .solver import ReconstructionMLE, error_bound, flow_matching_loss, invert, iss_bound, odeint
 from .velocity import ResidualField, VelocityMLP
 
 __all__ = [

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from fewer.diffusion.flow_mle.contraction import ContractingResidual, log_norm
-from fewer.diffusion.flow_mle.finetuning import ReconstructionMLE, flow_matching_loss
-from fewer.diffusion.flow_mle.solver import odeint
+from fewer.diffusion.flow_mle.solver import ReconstructionMLE, flow_matching_loss, odeint
 from fewer.diffusion.flow_mle.velocity import ResidualField, VelocityMLP
 from fewer.errors import MissingExtra
 from fewer.meters import median_seconds

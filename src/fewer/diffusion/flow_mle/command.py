@@ -63,7 +63,7 @@ def finetune_flow(
             raise ValueError(
                 f"{data}: {name} is {given}; expected {f'numbers [N, {dim}]' if dim else 'none'}, as {model_dir} was trained on"
             )
-        rows += [] if each is None else [torch.from_numpy(each).float().flatten(1).to(where)]
+        rows += [] if each is None else [torch.from_numpy(each).flatten(1).to(next(field.parameters()))]
     config = FineTuneConfig(updates=updates, batch=batch, seed=seed)
     words: dict[str, Any] = {"mode": mode.value, "pairing": pairing.value}
     made = finetune(field, rows[0] if len(rows) == 1 else tuple(rows), steps=steps, force=force, config=config, **words)

@@ -74,12 +74,14 @@ class ContractingResidual(nn.Module):
         self.l = nn.Parameter(torch.full((width,), 0.5413))  # softplus(0.5413) = 1
         self.gate = nn.Parameter(torch.tensor(float(gate)))
         self.b, self.e = (nn.Sequential(nn.Linear(cond_dim + 2 * PAIRS, width), nn.SiLU(), nn.Linear(width, out)) for out in (width, dim))
-        self.register_buffer("metric", None if metric is None else checked_metric(metric, dim))
-        self.register_buffer("inverse", None if metric is None else torch.linalg.inv(metric.double()).to(metric.dtype))
+        T = None if metric is None else checked_metric(metric, dim)
+        self.register_buffer("metric", T)
+        self.register_buffer("inverse", None if T is None else torch.linalg.inv(T.double()).to(T.dtype))
 
     @classmethod
     def viscosity(cls, dim: int, nu: float, cond_dim: int = 0) -> ContractingResidual:
         """r = -nu x: the paper's second version as the preset A = -nu I, with b = e = 0. Its gate alone can be trained."""
+        check_not_negative(nu=nu)
         made = cls(dim, 1, nu, cond_dim, columns=1)
         silence(made)
         with torch.no_grad():
@@ -165,7 +167,7 @@ def checked_metric(metric: Tensor, dim: int) -> Tensor:
         raise ValueError(f"metric is {tuple(metric.shape)}; expected a square matrix ({dim}, {dim})")
     if not bool(metric.isfinite().all()) or int(torch.linalg.matrix_rank(metric.double())) < dim:
         raise ValueError(f"metric has rank below {dim}, or numbers that are not finite; expected an invertible matrix")
-    return metric.detach().clone()
+    return metric.detach().clone() if metric.is_floating_point() else metric.to(torch.get_default_dtype())
 
 
 def log_norm(
@@ -193,8 +195,12 @@ def log_norm(
         raise ValueError(
             f"x is {x.dtype}; expected float32 or float64: convert it and the field, products of half precision say too little"
         )
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            "x has a NaN or infinite number; expected finite ones, at which a Jacobian can be taken: see where the path diverged"
+        )
     rows = x.detach().flatten(1)
-    T = None if metric is None else metric.to(x)
+    T = None if metric is None else checked_metric(metric, rows.shape[1]).to(x)
     with torch.enable_grad():
         z = (rows if T is None else rows @ T.T).clone().requires_grad_()  # T x, in which the metric is the plain one
         at = (z if T is None else z @ torch.linalg.inv(T).T).reshape(x.shape)

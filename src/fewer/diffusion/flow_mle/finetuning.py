@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fewer.checks import check_choice, check_not_negative, check_positive, check_share, check_whole
 from fewer.diffusion.flow_mle.contraction import ContractingResidual, along_paths
-from fewer.diffusion.flow_mle.solver import INVERSION_STEPS, METHODS, Field, invert, odeint
-from fewer.diffusion.flow_mle.velocity import CONFIG, WEIGHTS, ResidualField, VelocityMLP
+from fewer.diffusion.flow_mle.solver import INVERSION_STEPS, METHODS, ReconstructionMLE, invert, odeint
+from fewer.diffusion.flow_mle.velocity import CONFIG, WEIGHTS, ResidualField, VelocityMLP, as_rows, dtype_of
 from fewer.files import made_whole, model_digest, read_json, read_weights
 from fewer.fitting import MovingAverage, evaluating, fit_steps
 
@@ -30,55 +30,6 @@ RESIDUALS = {"VelocityMLP": VelocityMLP, "ContractingResidual": ContractingResid
 PLAIN_STEPS = 10  # K up to which activations are kept
 WIDE_SPREAD = 0.1  # share of the variance that the condition leaves, from which random pairs average modes
 CHUNK = 2048  # samples inverted at once
-
-
-def flow_matching_loss(field: Field, x0: Tensor, x1: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-    """mean |v(t, (1 - t) x0 + t x1, cond) - (x1 - x0)|^2."""
-    at = t.reshape(-1, *[1] * (x1.ndim - 1))
-    x = (1 - at) * x0 + at * x1
-    v = field(t, x) if cond is None else field(t, x, cond)
-    return (v - (x1 - x0)).square().mean()
-
-
-class ReconstructionMLE(nn.Module):
-    """Minus the log-likelihood of x1 under N(phi(x0), s^2), a dimension, phi being the solver that will be used: no step is detached.
-
-        |phi(x0) - x1|^2 / (2 s^2) + (d / 2) log s^2, over d; with a fixed s the mean squared error itself
-
-    Args:
-        steps: K of deployment.
-        method: of `odeint`.
-        sigma: "fixed", or "learned": one scalar, `log_sigma`, to be trained too.
-        fm_weight: of the flow-matching loss on fresh noise, an anchor that keeps sampling in many steps alive (0.1 does; ours).
-    """
-
-    def __init__(
-        self,
-        steps: int,
-        method: str = "euler",
-        sigma: Literal["fixed", "learned"] = "fixed",
-        fm_weight: float = 0.0,
-        checkpoint: bool = False,
-    ) -> None:
-        super().__init__()
-        check_whole(steps=steps)
-        check_choice(METHODS, method=method)
-        check_choice(("fixed", "learned"), sigma=sigma)
-        check_not_negative(fm_weight=fm_weight)
-        self.steps, self.method, self.fm_weight, self.checkpoint = steps, method, fm_weight, checkpoint
-        self.log_sigma = nn.Parameter(torch.zeros(())) if sigma == "learned" else None
-
-    def forward(
-        self, field: Field, x0: Float[Tensor, "B *shape"], x1: Float[Tensor, "B *shape"], cond: Any = None, generator: Any = None
-    ) -> Float[Tensor, ""]:
-        """The loss of pairs; the generator draws the anchor's noise and times, on x1's device."""
-        error = (odeint(field, x0, self.steps, method=self.method, checkpoint=self.checkpoint, cond=cond) - x1).square().mean()
-        loss = error if self.log_sigma is None else error / (2 * (2 * self.log_sigma).exp()) + self.log_sigma
-        if self.fm_weight:
-            how: dict[str, Any] = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
-            fresh, t = torch.randn(x1.shape, **how), torch.rand(len(x1), **how)
-            loss = loss + self.fm_weight * flow_matching_loss(field, fresh, x1, t, cond)
-        return loss
 
 
 @dataclass(frozen=True)
@@ -117,6 +68,7 @@ class FineTuneConfig:
         check_positive(clip=self.clip, share=self.share, **({} if self.lr is None else {"lr": self.lr}))
         check_share(ema=self.ema)
         check_not_negative(rate=0.0 if self.rate is None else self.rate)
+        ReconstructionMLE(1, self.method, self.sigma, self.fm_weight)  # refuses its own words now, not after the inversion
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,20 +143,21 @@ def load_finetuned(folder: str | Path, base: nn.Module, residual: nn.Module | No
         raise ValueError(
             f"{folder} is an adapter of the base {said['base']}, and this one is {digest}; expected the weights it was trained on"
         )
-    if said["tuned"] == "adapter" and residual is None:
-        if said["kind"] not in RESIDUALS:
-            raise ValueError(
-                f"{folder} is an adapter of the kind {said['kind']}; expected residual=, a module of its shape to load it into"
-            )
-        metric = {"metric": weights["metric"]} if "metric" in weights else {}
-        residual = RESIDUALS[said["kind"]](**said["sizes"], **metric)
-    kept = copied if said["tuned"] == "field" else copy.deepcopy(residual)
-    assert kept is not None
+    if said["tuned"] == "adapter" and residual is None and said["kind"] not in RESIDUALS:
+        raise ValueError(f"{folder} is an adapter of the kind {said['kind']}; expected residual=, a module of its shape to load it into")
     try:
+        if said["tuned"] == "field":
+            kept = copied.requires_grad_(True)
+        elif residual is not None:
+            kept = copy.deepcopy(residual)
+        else:
+            kept = RESIDUALS[said["kind"]](**said["sizes"], **{name: weights[name] for name in ("metric",) if name in weights})
+        kept = kept.to(next(base.parameters(), torch.empty(0)).device, dtype_of(weights)).eval()
         kept.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit this {type(kept).__name__} ({' '.join(str(error).split())[:200]})") from error
-    kept = kept.to(next(iter(weights.values())).dtype).eval()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} does not fit this {said['kind']} ({' '.join(str(error).split())[:200]}); expected what was saved: give that field or residual"
+        ) from error
     whole = copied if kept is copied else ResidualField(copied, kept).eval()
     return FineTuned(whole, None if kept is copied else kept, said["steps"], said["method"], said["report"], said["base"])
 
@@ -216,7 +169,7 @@ def frozen(base: nn.Module) -> nn.Module:
 
 def spread(x1: Tensor, cond: Tensor) -> float:
     """The share of x1's variance that a ridge regression on the condition leaves on the training data."""
-    x, c = (each.flatten(1).double() for each in (x1, cond))
+    x, c = (as_rows(each).double() for each in (x1, cond))
     x, c = x - x.mean(0), c - c.mean(0)
     total = float(x.square().sum())
     penalty = 1e-6 * len(c) * c.square().mean().clamp(min=1e-12) * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
@@ -271,7 +224,7 @@ def finetune(
     check_choice(PAIRINGS, pairing=pairing)
     check_share(mix=mix)
     x1, cond = data if isinstance(data, tuple) else (data, None)
-    check_data(x1, cond, latents)
+    check_data(x1, cond, latents, field)
     report: dict[str, Any] = {"mode": mode, "pairing": pairing, "steps": steps, "updates": config.updates}
     if pairing != "invert":
         report["spread"] = checked_spread(x1, cond, pairing, force)
@@ -288,7 +241,9 @@ def finetune(
     def whole(part: nn.Module) -> nn.Module:
         return part if mode == "full" else ResidualField(base, part)
 
-    if pairing != "random":
+    if pairing == "random":
+        latents = None  # though they be known
+    else:
         latents = latents_of(base, x1, cond, config.inversion_steps) if latents is None else latents
         report |= latent_figures(latents)
     average, model = MovingAverage(trained, config.ema), whole(trained)
@@ -322,6 +277,8 @@ def finetune(
         clip=config.clip,
         tell=after,
     )
+    for mean, weight in zip(average.model.parameters(), trained.parameters(), strict=True):
+        mean.requires_grad_(weight.requires_grad)  # so that it can be trained on
     made, last = whole(average.model).eval(), losses[-max(1, len(losses) // 10) :]
     report |= sample_figures(made, x1[:CHUNK], None if cond is None else cond[:CHUNK], steps, config.method, draw)
     report |= {"first_loss": losses[0], "last_loss": sum(last) / len(last), "parameters": sum(each.numel() for each in weights)}
@@ -348,18 +305,24 @@ def noise_for(x1: Tensor, latents: Tensor | None, mix: float, generator: torch.G
     return torch.where(random.reshape(-1, *[1] * (x1.ndim - 1)), fresh, latents)
 
 
-def check_data(x1: Tensor, cond: Tensor | None, latents: Tensor | None) -> None:
+def check_data(x1: Tensor, cond: Tensor | None = None, latents: Tensor | None = None, field: nn.Module | None = None) -> None:
     """ValueError where data cannot be trained on."""
+    for name, each in (("data", x1), ("cond", cond)):
+        if not isinstance(each, Tensor) and (name == "data" or each is not None):
+            raise ValueError(f"{name} is a {type(each).__name__}; expected a tensor x1, or the tuple (x1, cond) of two: torch.as_tensor")
     if x1.ndim < 2 or not len(x1) or x1.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"data are {tuple(x1.shape)} {x1.dtype}; expected float32 or float64 [N, ...], N >= 1: half precision trains badly here"
         )
+    weights = dtype_of(dict(field.named_parameters())) if field is not None and any(True for _ in field.parameters()) else x1.dtype
+    if weights != x1.dtype:
+        raise ValueError(f"data are {x1.dtype} and the field's weights {weights}; expected the same dtype: convert one of them")
     for name, each in (("cond", cond), ("latents", latents)):
         if each is not None and (len(each) != len(x1) or (name == "latents" and each.shape != x1.shape)):
             raise ValueError(f"{name} is {tuple(each.shape)} for data {tuple(x1.shape)}; expected one row each")
     for name, each in (("data", x1), ("cond", cond), ("latents", latents)):
         if each is not None and not bool(each.isfinite().all()):
-            row = int((~each.flatten(1).isfinite().all(1)).nonzero()[0])
+            row = int((~as_rows(each).isfinite().all(1)).nonzero()[0])
             raise ValueError(f"{name} has a NaN or infinite number in row {row}; expected finite ones: drop or mend that row")
 
 

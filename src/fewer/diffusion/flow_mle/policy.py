@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewer.checks import check_whole
-from fewer.diffusion.flow_mle.finetuning import FineTuneConfig, FineTuned, finetune, flow_matching_loss
-from fewer.diffusion.flow_mle.solver import odeint
+from fewer.diffusion.flow_mle.finetuning import FineTuneConfig, FineTuned, check_data, finetune
+from fewer.diffusion.flow_mle.solver import flow_matching_loss, odeint
 from fewer.diffusion.flow_mle.velocity import VelocityMLP
 from fewer.fitting import evaluating, fit_steps
 
@@ -74,13 +74,14 @@ class FlowPolicy(nn.Module):
     def condition(self, obs: Float[Tensor, "B obs_steps obs_dim"]) -> Float[Tensor, "B obs_steps*obs_dim"]:
         if obs.ndim != 3 or obs.shape[1:] != (self.obs_steps, self.obs_dim):
             raise ValueError(f"observations are {tuple(obs.shape)}; expected [B, {self.obs_steps}, {self.obs_dim}], the newest last")
-        return ((obs - self.obs_mean) / self.obs_std).flatten(1)
+        return ((obs.to(self.obs_mean) - self.obs_mean) / self.obs_std).flatten(1)
 
     def pairs(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """(chunks in [-1, 1] as rows, conditions) of windows: obs [N, obs_steps, obs_dim], actions [N, horizon, act_dim]."""
         if actions.ndim != 3 or actions.shape[1:] != (self.horizon, self.act_dim) or len(actions) != len(obs):
             raise ValueError(f"actions are {tuple(actions.shape)}; expected [{len(obs)}, {self.horizon}, {self.act_dim}], a chunk a window")
-        return (2 * (actions - self.act_low) / (self.act_high - self.act_low) - 1).flatten(1), self.condition(obs)
+        shares = (actions.to(self.act_low) - self.act_low) / (self.act_high - self.act_low)
+        return (2 * shares - 1).flatten(1), self.condition(obs)
 
     def fit(
         self,
@@ -92,7 +93,8 @@ class FlowPolicy(nn.Module):
         seed: int = 0,
     ) -> list[float]:
         """Flow matching on windows of demonstrations; the losses."""
-        self.pairs(obs, actions)  # shapes first
+        check_whole(updates=updates, batch=batch)
+        check_data(*self.pairs(obs, actions))  # before anything is changed
         self.obs_mean.copy_(obs.flatten(0, 1).mean(0))
         self.obs_std.copy_(obs.flatten(0, 1).std(0, correction=0).clamp(min=1e-4))
         low, high = torch.aminmax(actions.flatten(0, 1), dim=0)
@@ -107,7 +109,7 @@ class FlowPolicy(nn.Module):
             return flow_matching_loss(self.field, x0, x1[rows], t, cond[rows])
 
         rows = (torch.randint(len(x1), (batch,), generator=draw, device=x1.device) for _ in range(updates))
-        optimizer = torch.optim.Adam(self.field.parameters(), lr=lr, fused=True)
+        optimizer = torch.optim.Adam(self.field.requires_grad_(True).parameters(), lr=lr, fused=True)
         losses = fit_steps(optimizer, loss, rows, updates, clip=1.0)
         self.tuned.zero_()
         return losses

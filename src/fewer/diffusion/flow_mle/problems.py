@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fewer.data import WEIGHTS, folder_of, load_handwriting, made_once
 from fewer.diffusion.flow_mle.contraction import ContractingResidual
-from fewer.diffusion.flow_mle.finetuning import flow_matching_loss, latents_of
+from fewer.diffusion.flow_mle.finetuning import latents_of
+from fewer.diffusion.flow_mle.solver import flow_matching_loss
 from fewer.diffusion.flow_mle.velocity import VelocityMLP
 from fewer.fitting import MovingAverage, fit_steps
 from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser

@@ -1,17 +1,17 @@
-"""The deployed sampler as a differentiable map: a K-step solver through which gradients flow, its inverse, and the bound on its error."""
+"""The deployed sampler as a differentiable map: a K-step solver through which gradients flow, its inverse, its likelihood, its error."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from fewer.checks import check_choice, check_not_negative, check_share, check_whole
+from fewer.checks import check_choice, check_not_negative, check_positive, check_share, check_whole
 from fewer.fitting import evaluating
 
 Field = Callable[..., Tensor]  # (t [B], x [B, ...]) or (t, x, cond) -> dx/dt [B, ...]
@@ -117,6 +117,55 @@ def invert(field: Field, x1: Float[Tensor, "B *shape"], cond: Any = None, steps:
         return odeint(field, x1, steps, 1.0, 0.0, "rk4", cond=cond)
 
 
+def flow_matching_loss(field: Field, x0: Tensor, x1: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+    """mean |v(t, (1 - t) x0 + t x1, cond) - (x1 - x0)|^2."""
+    at = t.reshape(-1, *[1] * (x1.ndim - 1))
+    x = (1 - at) * x0 + at * x1
+    v = field(t, x) if cond is None else field(t, x, cond)
+    return (v - (x1 - x0)).square().mean()
+
+
+class ReconstructionMLE(nn.Module):
+    """Minus the log-likelihood of x1 under N(phi(x0), s^2), a dimension, phi being the solver that will be used: no step is detached.
+
+        |phi(x0) - x1|^2 / (2 s^2) + (d / 2) log s^2, over d; with a fixed s the mean squared error itself
+
+    Args:
+        steps: K of deployment.
+        method: of `odeint`.
+        sigma: "fixed", or "learned": one scalar, `log_sigma`, to be trained too.
+        fm_weight: of the flow-matching loss on fresh noise, an anchor that keeps sampling in many steps alive (0.1 does; ours).
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        method: str = "euler",
+        sigma: Literal["fixed", "learned"] = "fixed",
+        fm_weight: float = 0.0,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        check_whole(steps=steps)
+        check_choice(METHODS, method=method)
+        check_choice(("fixed", "learned"), sigma=sigma)
+        check_not_negative(fm_weight=fm_weight)
+        self.steps, self.method, self.fm_weight, self.checkpoint = steps, method, fm_weight, checkpoint
+        self.log_sigma = nn.Parameter(torch.zeros(())) if sigma == "learned" else None
+
+    def forward(
+        self, field: Field, x0: Float[Tensor, "B *shape"], x1: Float[Tensor, "B *shape"], cond: Any = None, generator: Any = None
+    ) -> Float[Tensor, ""]:
+        """The loss of pairs; the generator draws the anchor's noise and times, on x1's device."""
+        error = (odeint(field, x0, self.steps, method=self.method, checkpoint=self.checkpoint, cond=cond) - x1).square().mean()
+        loss = error if self.log_sigma is None else error / (2 * (2 * self.log_sigma).exp()) + self.log_sigma
+        if self.fm_weight:
+            how: dict[str, Any] = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
+            fresh, t = torch.randn(x1.shape, **how), torch.rand(len(x1), **how)
+            loss = loss + self.fm_weight * flow_matching_loss(field, fresh, x1, t, cond)
+        return loss
+
+
 def error_bound(L: float, delta: float, M: float, steps: int, start: float = 0.0) -> float:
     """Theorem 1: how far K Euler steps of a learned field may end from the true flow.
 
@@ -151,5 +200,6 @@ def iss_bound(distance: float, disturbance: float, rate: float, t: float = 1.0) 
         disturbance: D, the largest norm of what is added to one run's field.
         rate: c.
     """
-    shrunk = math.exp(-rate * t)
-    return shrunk * distance + disturbance * (1 - shrunk) / rate
+    check_not_negative(distance=distance, disturbance=disturbance, t=t)
+    check_positive(rate=rate)
+    return math.exp(-rate * t) * distance - disturbance * math.expm1(-rate * t) / rate

@@ -26,12 +26,18 @@ def clock(t: Float[Tensor, "B"], pairs: int = PAIRS) -> Float[Tensor, "B 2*pairs
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def as_rows(x: Float[Tensor, "B *shape"]) -> Float[Tensor, "B d"]:
+    """Each sample as a row, be it a single number."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
+
+
 def with_clock(t: Tensor, x: Tensor | None, cond: Tensor | None, cond_dim: int) -> Tensor:
     """Rows of x (where given), cond and the clock, side by side."""
-    if (0 if cond is None else cond.flatten(1).shape[1]) != cond_dim:
-        given = "none" if cond is None else f"{cond.flatten(1).shape[1]} numbers a row"
+    c = None if cond is None else as_rows(cond)
+    if (0 if c is None else c.shape[1]) != cond_dim:
+        given = "none" if c is None else f"{c.shape[1]} numbers a row"
         raise ValueError(f"the condition has {given}; expected {cond_dim} numbers a row: give cond of [B, {cond_dim}]")
-    parts = [each for each in (x, None if cond is None else cond.flatten(1)) if each is not None]
+    parts = [each for each in (x, c) if each is not None]
     dtype = parts[0].dtype if parts else t.dtype
     return torch.cat([*(each.to(dtype) for each in parts), clock(t).to(dtype)], dim=1)
 
@@ -80,10 +86,16 @@ class VelocityMLP(nn.Module):
             raise ValueError(f"{folder} holds {sizes.get('model')!r}; expected a VelocityMLP as save_pretrained writes it")
         try:
             net = cls(**sizes["sizes"])
-            net.load_state_dict(read_weights(Path(folder) / WEIGHTS))
+            weights = read_weights(Path(folder) / WEIGHTS)
+            net.to(dtype_of(weights)).load_state_dict(weights)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{folder} does not fit its own sizes ({' '.join(str(error).split())[:200]}); write it again") from error
         return net.eval()
+
+
+def dtype_of(weights: dict[str, Tensor]) -> torch.dtype:
+    """That of the first weights that are no whole numbers."""
+    return next((each.dtype for each in weights.values() if each.is_floating_point()), torch.get_default_dtype())
 
 
 def silence(layer: nn.Module) -> None:
