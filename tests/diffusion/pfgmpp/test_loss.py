@@ -164,6 +164,21 @@ def test_settings_that_cannot_be_are_refused(words, message):
         PFGMPPLoss(**({"D": 8} | words))
 
 
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, torch.tensor([1.0, 0.0]), torch.ones(3), torch.ones(1), torch.ones(2, 1)])
+def test_a_denoiser_refuses_noise_levels_that_cannot_be(sigma):
+    with pytest.raises(ValueError, match="sigma (is|holds) .*; expected"):
+        EDMPrecond(lambda x, c_noise: x)(torch.zeros(2, 3), sigma)
+
+
+def test_a_denoiser_is_compiled_whole():
+    denoiser, x, sigma = EDMPrecond(lambda x, c_noise: c_noise[:, None] * x), torch.ones(2, 3), torch.tensor([0.5, 2.0])
+    assert torch.allclose(torch.compile(denoiser, fullgraph=True, backend="eager")(x, sigma), denoiser(x, sigma))
+
+
+def test_an_empty_batch_has_no_losses():
+    assert PFGMPPLoss(D=8)(Watched(), torch.zeros(0, 1, 4, 4)).shape == (0,)
+
+
 def test_data_and_answers_that_cannot_be_are_refused():
     loss = PFGMPPLoss(D=8)
     with pytest.raises(ValueError, match="y is .*uint8; expected floating-point"):
@@ -172,6 +187,12 @@ def test_data_and_answers_that_cannot_be_are_refused():
         loss(lambda x, sigma: x[:, :1], torch.zeros(2, 3))
     with pytest.raises(ValueError, match="answers NoneType"):
         loss(lambda x, sigma: None, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="reference is .*uint8; expected floating-point"):
+        loss(Watched(), torch.zeros(2, 3), reference=torch.zeros(4, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"reference is \(4, 2\); expected \[M, ...\] with rows as y's \(2, 3\)"):
+        loss(Watched(), torch.zeros(2, 3), reference=torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="x is .*int64; expected floating-point"):
+        EDMPrecond(lambda x, c_noise: x)(torch.zeros(2, 3, dtype=torch.int64), 1.0)
     with pytest.raises(ValueError, match=r"answers \(2,\)"):
         EDMPrecond(lambda x, c_noise: x[:, 0])(torch.zeros(2, 3), 1.0)
     with pytest.raises(ValueError, match="sigma_data is 0"):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewer.diffusion.pfgmpp import perturb, posterior_mean, radius_quantiles, student_t_noise
 from fewer.diffusion.pfgmpp import perturbation as module
@@ -107,6 +108,7 @@ def test_a_large_D_weighs_as_a_gaussian():
     sigma = torch.tensor([0.3, 0.5, 1, 3, 10], dtype=torch.float64)
     gaussian = torch.softmax(-(torch.cdist(x, data) ** 2) / (2 * sigma[:, None] ** 2), 1) @ data
     assert (posterior_mean(x, sigma, data, 1e8) - gaussian).abs().max() < 1e-6
+    assert (posterior_mean(x, sigma, data, 1e14) - gaussian).abs().max() < 1e-6, "1 + R^2 / r^2 has no digits left"
     assert torch.allclose(posterior_mean(x, sigma, data, math.inf), gaussian, atol=1e-12)
     assert (posterior_mean(x, sigma, data, 16) - gaussian).abs().max() > 1e-2
 
@@ -119,28 +121,39 @@ def test_at_D_1_the_field_is_PFGMs():
 
 
 def test_far_and_near_states_lose_no_digits():
-    data = torch.randn(5, 6, dtype=torch.float64)
-    x, sigma = torch.stack([data[2] + 1e-4, 1e6 * data[3]]), torch.tensor([0.002, 80.0], dtype=torch.float64)
-    assert torch.allclose(posterior_mean(x, sigma, data + 100, 2), by_hand(x, sigma, data + 100, 2), atol=1e-8)
-    assert torch.allclose(posterior_mean(x, sigma, data, 2)[:1], data[2:3], atol=1e-3)
+    data = torch.randn(5, 6, generator=generator(), dtype=torch.float64)
+    x, sigma = torch.stack([data[2] + 1e-4, 1e6 * data[3], data.mean(0)]), torch.tensor([0.002, 80.0, 0.3], dtype=torch.float64)
+    exact = by_hand(x, sigma, data, 2)
+    assert torch.allclose(posterior_mean(x, sigma, data, 2), exact, atol=1e-8)
+    far = 2.0**20  # from the origin
+    assert torch.allclose(posterior_mean(x + far, sigma, data + far, 2) - far, exact, atol=1e-6)
+    charges = 1e6 * torch.randn(50, 40, generator=generator(), dtype=torch.float64)
+    assert torch.allclose(posterior_mean(charges, torch.full((50,), 1e-6), charges, 2), charges)
 
 
-def test_the_field_of_many_images_takes_little_memory(monkeypatch):
-    """No working array is larger than a piece, whatever the sizes; ten pieces are less than 256 MiB."""
-    largest = 0
-    addmm = torch.addmm
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest array that was made, beside those that were there."""
 
-    def watched(*args, **words):
-        nonlocal largest
-        made = addmm(*args, **words)
-        largest = max(largest, made.nbytes)
+    def __init__(self, *there):
+        super().__init__()
+        self.there, self.bytes = {each.untyped_storage().data_ptr() for each in there}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in self.there:
+            self.bytes = max(self.bytes, made.untyped_storage().nbytes())
         return made
 
-    monkeypatch.setattr(torch, "addmm", watched)
+
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.1, 1, 400)])
+def test_the_field_of_many_images_takes_little_memory(weights, monkeypatch):
+    """No working array is larger than a piece, whatever the sizes; ten pieces are less than 256 MiB."""
     assert 10 * 8 * module.PIECE < 256 * 2**20
-    monkeypatch.setattr(module, "PIECE", 2**14)
-    posterior_mean(torch.randn(50, 300), torch.ones(50), torch.randn(1000, 300), 8)
-    assert 0 < largest <= 8 * 2**14
+    monkeypatch.setattr(module, "PIECE", 2**12)
+    x, data = torch.randn(40, 150), torch.randn(400, 150)
+    with Largest(x, data) as watched:
+        answer = posterior_mean(x, torch.ones(40), data, 8, weights)
+    assert answer.nbytes <= watched.bytes <= 8 * 2**12
 
 
 def test_single_numbers_and_no_states_are_samples_too():

@@ -40,6 +40,7 @@ def test_the_published_formula_is_followed_where_it_clips_and_where_weights_are_
     assert (scale, zero) == (pytest.approx(2 / 3), 0.0)
     assert torch.allclose(to_grid(torch.tensor([3.0, 4.0, 5.0]), scale, zero, 2), torch.full((3,), 2.0))
     assert affine_grid(torch.tensor([-5.0, -3.0]), 2) == (pytest.approx(2 / 3), 3.0)
+    assert affine_grid(torch.tensor([-1.75, 1.25], dtype=torch.float64), 2) == (1.0, 1.0), "zero is truncated, not rounded"
     layer = nn.Linear(2, 3)
     nn.init.constant_(layer.weight, 0.7)
     assert torch.equal(quantize_weights(layer, 4).weight, layer.weight)
@@ -59,6 +60,21 @@ def test_norms_the_noise_embedding_biases_and_the_given_module_stay():
     wrapped = nn.ModuleDict({"denoiser": model})  # whose name has "noise" in it
     assert torch.equal(quantize_weights(wrapped, 3)["denoiser"].enter.weight, made.enter.weight)
     assert "noise.0.weight" in {name for name, value in quantize_weights(model, 3, skip=()).named_parameters() if len(value.unique()) <= 8}
+
+
+def test_what_is_skipped_may_be_several_words():
+    model = nn.ModuleDict({"time_embedding": nn.Linear(3, 3), "time_emb_proj": nn.Linear(3, 3), "conv_in": nn.Conv2d(1, 3, 3)})
+
+    def on_a_grid(skip):
+        made = quantize_weights(model, 1, skip)
+        return {name for name, value in made.named_parameters() if value.ndim > 1 and len(value.unique()) <= 2}
+
+    assert on_a_grid(("norm",)) == {f"{name}.weight" for name in model}
+    assert on_a_grid(("Time_Embedding",)) == {"time_emb_proj.weight", "conv_in.weight"}
+    assert on_a_grid(("time",)) == {"conv_in.weight"}
+    assert on_a_grid(("conv_in.weight", "emb")) == {"time_embedding.weight"}
+    with pytest.raises(ValueError, match="skip is 'norm'; expected several strings"):
+        quantize_weights(model, 4, "norm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -53,19 +54,21 @@ def test_around_a_single_charge_the_way_is_straight(solver, D):
         assert (state - (y + (states[0] - y) * sigma / 20)).abs().max() < 1e-12 * max(1.0, float(states[0].abs().max()))
 
 
+@functools.cache
+def near_zero(D, steps, solver):
+    """States at sigma_min, in the field of 16 points."""
+    data = torch.randn(16, 8, generator=generator(), dtype=DOUBLE)
+    words = {"steps": steps, "sigma_min": 0.5, "sigma_max": 20.0, "solver": solver, "dtype": DOUBLE}
+    return sample(exact(data, D), (20, 8), D, generator=generator(1), return_trajectory=True, **words)[-2]
+
+
 @pytest.mark.parametrize("D", [4, 64])
 @pytest.mark.parametrize(("solver", "low", "high"), [("heun", 1.9, 2.2), ("euler", 0.9, 1.2)])
 def test_the_error_falls_with_the_solvers_order(D, solver, low, high):
     """At sigma_min, before the step to 0, where every solver stands on a data point; of the median trajectory, as one near a border
     between points, which falls to another side, outweighs all others in a mean."""
-    data = torch.randn(16, 8, generator=generator(), dtype=DOUBLE)
-
-    def end(steps, solver):
-        words = {"steps": steps, "sigma_min": 0.5, "sigma_max": 20.0, "solver": solver, "dtype": DOUBLE}
-        return sample(exact(data, D), (20, 8), D, generator=generator(1), return_trajectory=True, **words)[-2]
-
-    converged = end(1024, "heun")
-    errors = [float((end(steps, solver) - converged).norm(dim=1).median()) for steps in (32, 64, 128)]
+    converged = near_zero(D, 4096, "heun")
+    errors = [float((near_zero(D, steps, solver) - converged).norm(dim=1).median()) for steps in (32, 64, 128)]
     slopes = np.log2(np.array(errors[:-1]) / errors[1:])
     assert ((low <= slopes) & (slopes <= high)).all(), slopes
 
@@ -149,6 +152,7 @@ def test_a_denoiser_of_another_shape_or_without_end_is_refused():
         ({"solver": "huen"}, "did you mean 'heun'"),
         ({"injected": -0.1}, "injected is -0.1"),
         ({"rho": 0}, "rho is 0"),
+        ({"dtype": torch.int64}, "dtype is torch.int64"),
         ({"D": 0}, "D is 0"),
     ],
 )

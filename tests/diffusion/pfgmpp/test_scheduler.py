@@ -125,6 +125,7 @@ def test_it_takes_edm_eulers_config_and_keeps_its_own(tmp_path):
         (EDMEulerScheduler(final_sigmas_type="sigma_min").config, "final_sigmas_type='sigma_min'"),
         (DDIMScheduler().config, "beta_start"),
         ({}, "no sigma_data"),
+        (EDMEulerScheduler().config, "no D; expected"),
     ],
 )
 def test_configs_that_mean_something_else_are_refused_by_name(config, name):
@@ -236,6 +237,8 @@ def test_image_to_image_begins_in_the_middle():
     assert torch.equal(*ends)
     with pytest.raises(ValueError, match="begin_index is 3; expected an even number below 17"):
         fresh.set_begin_index(3)
+    with pytest.raises(ValueError, match="begin_index is -2; expected a whole number"):
+        fresh.set_begin_index(-2)
 
 
 def test_steps_out_of_turn_and_states_without_end_are_refused():
@@ -246,6 +249,8 @@ def test_steps_out_of_turn_and_states_without_end_are_refused():
     times = scheduler.timesteps
     with pytest.raises(ValueError, match=r"model_output is \(2, 1\); expected the sample's shape \(2, 3\)"):
         scheduler.step(x[:, :1], times[0], x)
+    with pytest.raises(ValueError, match="sample is .*int64; expected floating-point"):
+        scheduler.step(x, times[0], x.long())
     scheduler.step(x, times[0], x)
     with pytest.raises(ValueError, match="expected 0."):
         scheduler.step(x, times[4], x)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fewer.diffusion.pfgmpp import problems
+from fewer.diffusion.pfgmpp import problems, quantize_weights
 from fewer.diffusion.pfgmpp import study as module
 from fewer.diffusion.pfgmpp.problems import Task, make_task, train
-from fewer.diffusion.pfgmpp.study import COARSE, NOISY, PLAIN, SHORT, study
+from fewer.diffusion.pfgmpp.study import COARSE, NOISY, NOT_ON_A_GRID, PLAIN, SHORT, study
 from fewer.study import Scale, Trial
 from fewer.study.results import Results, Row
 from fewer.study.trial import FigureEvent, NoteEvent, TrialSpec
@@ -41,16 +41,19 @@ def run(task: Task, arm: str, seed: int = 0, scale: Scale = Scale.QUICK):
     return rows, [e for e in events if isinstance(e, NoteEvent)]
 
 
-def test_each_arm_logs_every_declared_figure_and_the_claims_are_judged(small):
-    rows = []
+def test_each_arm_logs_every_declared_figure_and_the_claims_are_judged(small, monkeypatch):
+    rows, grids = [], []
+    monkeypatch.setattr(module, "quantize_weights", lambda *words: grids.append(words[1:]) or quantize_weights(*words))
     for arm in ("edm", "d16", "d64"):
         logged, _ = run(small, arm)
         for figure in study.figures:
             assert [row for row in logged if row.figure == figure.name and (not figure.at or row.coordinates == figure.at)], figure
         assert {row.coordinates["steps"]: row.value for row in logged if row.figure == "calls"} == {18: 35, 6: 11}
         rows += logged
-    plain, coarse = (next(r.value for r in rows if r.figure == "frechet" and r.coordinates == how) for how in (PLAIN, COARSE))
-    assert plain != coarse  # the weights were put on a grid
+    ways = PLAIN, NOISY, COARSE, SHORT
+    values = {next(r.value for r in rows if r.figure == "frechet" and r.coordinates == how) for how in ways}
+    assert len(values) == 4  # noise was added, the weights were put on a grid
+    assert grids == 3 * [(4, NOT_ON_A_GRID)]
     verdicts = judge(study, Results(rows, list(study.arms)))
     assert len(verdicts) == 8
     assert "Frechet distance" in study.summarise(Results(rows, list(study.arms)))
@@ -96,6 +99,7 @@ def test_arms_share_initial_weights_and_the_order_of_the_images(small, monkeypat
     models = [train(small, D, 5) for D in (16, math.inf)]
     assert all(torch.equal(a, b) for a, b in zip(given[:4], given[4:], strict=True))
     assert torch.equal(keep[0], keep[4])
+    assert not torch.equal(keep[0], next(problems.make_network(small, 6).parameters()))
     first, second = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
     assert not torch.equal(first, second)
     again = train(small, 16, 5)
@@ -123,6 +127,10 @@ def test_a_u_net_is_trained_at_full_scale(small, monkeypatch):
     monkeypatch.setattr(problems, "BATCH", 2)
     model = train(dataclasses.replace(small, large=True, steps=1), 16, 0)
     x = torch.randn(2, 1, 8, 8)
+    before = model.state_dict()
+    kept = {name for name, value in quantize_weights(model, 4, NOT_ON_A_GRID).state_dict().items() if torch.equal(value, before[name])}
+    assert {f"net.time_embedding.linear_{i}.weight" for i in (1, 2)} <= kept
+    assert "net.conv_in.weight" not in kept
     assert isinstance(model, nn.Module)
     assert model(x, torch.ones(2)).shape == x.shape
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fewer.checks import check_choice, check_positive, is_number
 from fewer.diffusion._shared.prediction import at_least_single
-from fewer.diffusion.pfgmpp.perturbation import check_dimensions, check_images, per_sample, perturb, posterior_mean
+from fewer.diffusion.pfgmpp.perturbation import check_dimensions, check_images, check_sigma, per_sample, perturb, posterior_mean
 
 SCHEDULES = ("edm", "ve")
 SIGMA_DATA = 0.5  # of images in [-1, 1]
@@ -89,16 +90,19 @@ class PFGMPPLoss(nn.Module):
                 (appendix; not for a denoiser that is told labels). The paper's best results do without.
 
         Raises:
-            ValueError: data that are not floating-point, or a denoiser's answer of another shape than y's.
+            ValueError: data that are not floating-point, or a denoiser's answer or further data of another shape than y's.
         """
         check_images(y=y)
         dtype = at_least_single(y.dtype)
         sigma = self.draw_sigma(len(y), generator, y.device).to(dtype)
         x, target = perturb(y, sigma, self.D, generator), y
         if reference is not None:
+            check_images(reference=reference)
+            if reference.shape[1:] != y.shape[1:]:
+                raise ValueError(f"reference is {tuple(reference.shape)}; expected [M, ...] with rows as y's {tuple(y.shape)}")
             target = posterior_mean(x.to(dtype), sigma, torch.cat([y, reference.to(y)]), self.D)
         error = answer(denoiser(x, sigma, **cond), x).to(dtype) - target.to(dtype)
-        return self.weight(sigma) * error.square().reshape(len(y), -1).mean(1)
+        return self.weight(sigma) * error.square().reshape(len(y), math.prod(y.shape[1:])).mean(1)
 
 
 class EDMPrecond(nn.Module):
@@ -108,8 +112,11 @@ class EDMPrecond(nn.Module):
         net: F, called as `net(x, c_noise, **cond)`, c_noise = ln(sigma) / 4 [B]; a tensor or an object with `.sample`, as diffusers' models.
         sigma_data: standard deviation of the data.
 
-    Shapes: x [B, ...], sigma [B] or a number. What is not inside the network is computed in float32 at least, the network in the dtype of
-    its parameters; the answer has x's.
+    Shapes: x [B, ...], sigma [B] or a number above 0. What is not inside the network is computed in float32 at least, the network in the
+    dtype of its parameters; the answer has x's.
+
+    Raises:
+        ValueError: an x that is not floating-point, a sigma that is not [B] or not above 0, or an answer of another shape than x.
 
     Examples:
         >>> denoiser = EDMPrecond(lambda x, c_noise: 0 * x)
@@ -123,8 +130,11 @@ class EDMPrecond(nn.Module):
         self.net, self.sigma_data = net, sigma_data
 
     def forward(self, x: Float[Tensor, "B *shape"], sigma: Tensor | float, **cond: Any) -> Float[Tensor, "B *shape"]:
+        check_images(x=x)
         dtype = at_least_single(x.dtype)
-        level = torch.as_tensor(sigma, device=x.device).to(dtype).reshape(-1).expand(len(x)).contiguous()
+        level = torch.as_tensor(sigma, device=x.device).to(dtype)
+        level = level if level.ndim else level.repeat(len(x))
+        check_sigma(level, len(x))
         first = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
         inner = first.dtype if first is not None else dtype
         scaled = precondition_input(x.to(dtype), per_sample(level, x), self.sigma_data)

@@ -34,6 +34,8 @@ def check_sigma(sigma: Tensor, count: int) -> None:
     if not isinstance(sigma, Tensor) or sigma.shape != (count,):
         given = tuple(sigma.shape) if isinstance(sigma, Tensor) else repr(sigma)
         raise ValueError(f"sigma is {given}; expected a tensor ({count},), one noise level a sample: torch.full(({count},), sigma)")
+    if torch.compiler.is_compiling():
+        return
     if not bool((torch.isfinite(sigma) & (sigma > 0)).all()):
         raise ValueError(f"sigma holds {float(sigma[~(torch.isfinite(sigma) & (sigma > 0))][0])}; expected finite numbers above 0")
 
@@ -147,7 +149,7 @@ def posterior_mean(
 ) -> Float[Tensor, "B *shape"]:
     """E[y | x], the minimiser of the training loss on a finite set: sum_j p_j y_j, p_j ~ w_j (||x - y_j||^2 + r^2)^(-(N + D) / 2).
 
-    The field is (x - E[y | x]) / sigma (eq. 3). Sums are float64; beside its inputs it takes at most 256 MiB.
+    The field is (x - E[y | x]) / sigma (eq. 3). Sums are float64; beside its inputs and its answer it takes at most 256 MiB.
 
     Args:
         x: where the field is asked for.
@@ -171,19 +173,19 @@ def posterior_mean(
     check_dimensions(D)
     if data.shape[1:] != x.shape[1:] or not len(data):
         raise ValueError(f"data is {tuple(data.shape)}; expected (M, {', '.join(map(str, x.shape[1:]))}) with M >= 1, as x is")
-    points, sizes = data.reshape(len(data), -1), torch.ones(len(data), dtype=torch.float64, device=data.device)
+    N = math.prod(x.shape[1:])
+    points, sizes = data.reshape(len(data), N), torch.ones(len(data), dtype=torch.float64, device=data.device)
     if weights is not None:
         if weights.shape != (len(data),) or not bool((weights >= 0).all()) or not 0 < float(weights.double().sum()) < math.inf:
             raise ValueError(f"weights are {tuple(weights.shape)}; expected ({len(data)},) finite numbers of at least 0, not all 0")
-        points, sizes = points[weights > 0], weights[weights > 0].double()
-    N = points.shape[1]
+        points, sizes = (points, weights.double()) if bool(weights.all()) else (points[weights > 0], weights[weights > 0].double())
     column = max(1, min(len(points), PIECE // N))
     row = max(1, min(PIECE // column, PIECE // N))
-    means = [
-        _means(part.double(), level.double()[:, None], points, sizes.log(), column, D)
-        for part, level in zip(x.reshape(len(x), N).split(row), sigma.split(row), strict=True)
-    ]
-    return torch.cat(means).reshape(x.shape).to(x.dtype)
+    rows, means = x.reshape(len(x), N), x.new_empty(len(x), N)
+    for first in range(0, len(x), row):
+        few = slice(first, first + row)
+        means[few] = _means(rows[few].double(), sigma[few].double()[:, None], points, sizes.log(), column, D)
+    return means.reshape(x.shape)
 
 
 def _means(x: Tensor, sigma: Tensor, points: Tensor, log_sizes: Tensor, column: int, D: float) -> Float64[Tensor, "B N"]:

@@ -16,6 +16,11 @@ MOST_BITS = 16
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def words_of(name: str) -> str:
+    """Its words and numbers between dots: ".blocks.0.norm.1." of "blocks.0.norm_1"."""
+    return f".{'.'.join(re.findall('[a-z]+|[0-9]+', name.lower()))}."
+
+
 def affine_grid(w: Tensor, bits: int) -> tuple[float, float]:
     """(scale, zero) of a tensor's own grid scale (k - zero), k = 0 ... 2^bits - 1; scale 0 for a constant one."""
     low, high, last = float(w.min()), float(w.max()), 2**bits - 1
@@ -38,11 +43,12 @@ def quantize_weights(module: Module, bits: int, skip: Sequence[str] = ("norm", "
     Args:
         module: any; it stays as it is.
         bits: 1 to 16.
-        skip: a word of a name ("norm" of `blocks.0.norm_1`) whose parameters stay as they are: norms and the embedding of the noise
-            level. Only what is called `weight` and has two dimensions or more is put on a grid; biases, buffers and other norms stay.
+        skip: a word of a name ("norm" of `blocks.0.norm_1`), or several that stand together ("time_embedding"), whose parameters stay
+            as they are: norms and the embedding of the noise level. Only what is called `weight` and has two dimensions or more is put on
+            a grid; biases, buffers and other norms stay.
 
     Raises:
-        ValueError: other bits, weights that are not finite, or no weight that is put on a grid.
+        ValueError: other bits, a skip that is one string, weights that are not finite, or no weight that is put on a grid.
 
     Examples:
         >>> layer = nn.Linear(1, 4)
@@ -52,11 +58,13 @@ def quantize_weights(module: Module, bits: int, skip: Sequence[str] = ("norm", "
     check_whole(bits=bits)
     if bits > MOST_BITS:
         raise ValueError(f"bits is {bits}; expected at most {MOST_BITS}")
-    made = copy.deepcopy(module)
+    if isinstance(skip, str):
+        raise ValueError(f"skip is {skip!r}; expected several strings: ({skip!r},)")
+    made, skipped = copy.deepcopy(module), [words_of(each) for each in skip]
     chosen = {
         name: each for name, each in made.named_parameters() if name.rpartition(".")[2] == "weight" and each.ndim >= 2 and each.numel()
     }
-    chosen = {name: each for name, each in chosen.items() if not set(skip) & set(re.findall("[a-z]+", name.lower()))}
+    chosen = {name: each for name, each in chosen.items() if not any(each in words_of(name) for each in skipped)}
     if not chosen:
         raise ValueError(f"no weight of {type(module).__name__} is put on a grid (skip is {tuple(skip)}); expected one: skip less")
     for name, parameter in chosen.items():

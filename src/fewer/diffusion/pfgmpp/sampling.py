@@ -99,6 +99,8 @@ def sample(
     grid = noise_grid(steps, sigma_min, sigma_max, rho).tolist()
     first = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
     called_in = dtype or (first.dtype if first is not None else torch.float32)
+    if not called_in.is_floating_point:
+        raise ValueError(f"dtype is {called_in}; expected a floating-point one, as the denoiser's weights are")
     x = sigma_max * student_t_noise(shape, D, generator, torch.float64, device)
     states = [x]
 

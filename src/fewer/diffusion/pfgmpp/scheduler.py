@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fewer.checks import check_choice, check_positive
+from fewer.checks import check_choice, check_positive, check_whole
 from fewer.diffusion._shared.prediction import at_least_single
 from fewer.diffusion.pfgmpp.loss import SIGMA_DATA, check_range, noise_condition, precondition_input, precondition_output
-from fewer.diffusion.pfgmpp.perturbation import check_dimensions, per_sample, student_t_noise
+from fewer.diffusion.pfgmpp.perturbation import check_dimensions, check_images, per_sample, student_t_noise
 from fewer.diffusion.pfgmpp.sampling import RHO, SIGMA_MAX, SIGMA_MIN, check_finite, moved, noise_grid, slope
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ class PFGMPPHeunScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From its own config or that of an `EDMEulerScheduler`; keywords (`D=...`) override what stands in it.
+        """From its own config, or that of an `EDMEulerScheduler` and the network's `D=...`; keywords override what stands in it.
 
         Raises:
-            ValueError: a config that means something else: other noise than EDM's, another grid, or another end.
+            ValueError: a config that means something else (other noise than EDM's, another grid, or another end), or no D.
         """
         read = {name: value for name, value in dict(config or {}).items() if not name.startswith("_")}
         strange = [name for name in read if name not in EDM_CONFIG | {"D"}]
@@ -122,6 +122,10 @@ class PFGMPPHeunScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"a config with {', '.join(strange) or 'no sigma_data'}; expected EDMEulerScheduler's (karras, zero) or this class's own: "
                 "make the scheduler from its settings instead"
+            )
+        if "D" not in read | kwargs:
+            raise ValueError(
+                "a config with no D; expected what the network was trained with: from_config(config, D=128), EDM's is math.inf"
             )
         own = {name: value for name, value in dict(config or {}).items() if name not in FIXED}
         return super().from_config(own, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -151,7 +155,8 @@ class PFGMPPHeunScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at `timesteps[begin_index]`, the first call of a step, as image-to-image does."""
-        if not 0 <= begin_index < len(self._times) or begin_index % 2:
+        check_whole(least=0, begin_index=begin_index)
+        if begin_index >= len(self._times) or begin_index % 2:
             raise ValueError(f"begin_index is {begin_index}; expected an even number below {len(self._times)}: call set_timesteps before")
         self.restart()
         self.begin_index = begin_index
@@ -182,6 +187,7 @@ class PFGMPPHeunScheduler(SchedulerMixin, ConfigMixin):
             FloatingPointError: the state is not finite; the message names the step.
         """
         index = self._turn(timestep)
+        check_images(sample=sample, model_output=model_output)
         if model_output.shape != sample.shape:
             raise ValueError(f"model_output is {tuple(model_output.shape)}; expected the sample's shape {tuple(sample.shape)}")
         sigma, begin, following = self._sigma(index), float(self.sigmas[index // 2]), float(self.sigmas[index // 2 + 1])

@@ -20,6 +20,7 @@ from fewer.study import Curve, Estimate, Figure, NotTestable, Results, Scale, St
 from fewer.study.results import All
 
 STEPS, BITS = 18, 32
+NOT_ON_A_GRID = "norm", "noise", "time_embedding"  # the last is a U-Net's
 
 
 def at(alpha: float = 0.0, bits: int = BITS, steps: int = STEPS) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def judge(job: Task, trial: Trial, model: torch.nn.Module, D: float, how: dict[s
         calls += 1
         return torch.cat([net(*part) for part in zip(x.split(2000), sigma.split(2000), strict=True)])
 
-    net = model if how["bits"] == BITS else quantize_weights(model, how["bits"])
+    net = model if how["bits"] == BITS else quantize_weights(model, how["bits"], NOT_ON_A_GRID)
     draw = torch.Generator(trial.device).manual_seed(10_000 + trial.seed)  # the same for all ways and arms
     grid = {"steps": how["steps"], "sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX}
     x = sample(denoiser, (job.samples, *job.shape), D, generator=draw, injected=how["alpha"], **grid)
