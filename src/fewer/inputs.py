@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +190,29 @@ def read_fasta(file: str | Path, letters: str) -> list[tuple[str, str]]:
             what = f"has {sequence[at - 1]!r} at position {at}" if at else "has no letters"
             raise ValueError(f"{file}, record {number} ({header[:40]}) {what}; expected letters of {letters}: mend or drop that record")
     return found
+
+
+def load_function(named: str) -> tuple[Callable[[Any], Any], int]:
+    """(function, n) of `module:name:BITS`: a user's own function of n bits; its module is imported, from the folder one stands in or as usual.
+
+    Raises:
+        ValueError: other words, no such module or function, or a module that raises.
+    """
+    module, _, rest = named.partition(":")
+    name, _, bits = rest.partition(":")
+    if not (module and name.isidentifier() and bits.isdecimal() and int(bits)):
+        raise ValueError(f"{named!r} names no function; expected module:name:BITS, such as my_rules:score:20")
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ValueError(f"{named!r}: {type(error).__name__}: {error}; mend the module, or name another function") from error
+    finally:
+        sys.path[:] = before
+    if not callable(function):
+        raise ValueError(f"{named!r}: {name} is a {type(function).__name__}; expected a function of bits [m, {bits}]")
+    return function, int(bits)
 
 
 def _file(file: str | Path, what: str) -> Path:

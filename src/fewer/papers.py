@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from fewer.advise.card import Advice
 from fewer.errors import UserError
 from fewer.plain import plain, plain_all
 
@@ -143,8 +144,14 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     venue: str = ""
     large: str = ""  # why it takes more lines than a method should
     commands: list[Verb] = msgspec.field(default_factory=list)
+    advise: list[Advice] = msgspec.field(default_factory=list)
     package: str = ""  # the method's Python package, filled in by the catalogue
     folder: str = ""  # where the package lies, likewise
+
+    def __post_init__(self) -> None:
+        for number, each in enumerate(self.advise):
+            if each.on not in self.applies_to:
+                raise ValueError(f"`advise[{number}].on` is {each.on!r}, which is not among applies_to: {', '.join(self.applies_to)}")
 
     @property
     def line(self) -> str:

@@ -16,7 +16,7 @@ import typer.core
 from rich.console import Console
 
 from fewer import papers
-from fewer.cli import data, keep, look, runs
+from fewer.cli import advise, data, keep, look, runs
 from fewer.cli.words import escaped, import_method_part
 from fewer.errors import UserError, WorkFailed
 
@@ -83,8 +83,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="The same machine learning with fewer backward passes, network calls, bits, bytes, samples and queries.\n\nExample: [bold]fewer run backprop-free-mlps[/bold]",
 )
-for name, verb, panel in [*look.VERBS, *runs.VERBS, *keep.VERBS]:
-    app.command(name, rich_help_panel=panel)(told_plainly(verb) if verb in (keep.report, keep.export, keep.new) else verb)
+for name, verb, panel in [*look.VERBS, *runs.VERBS, *advise.VERBS, *keep.VERBS]:
+    app.command(name, rich_help_panel=panel)(told_plainly(verb) if verb in (keep.report, keep.export, keep.new, advise.advise) else verb)
 app.add_typer(data.app, name="data", rich_help_panel="Keep")
 
 

@@ -29,7 +29,7 @@ def write_report(folder: Path, entries: Sequence[tuple[Card, Record | None]]) ->
     Raises:
         OSError, ValueError: the folder holds something that is no report's, or cannot be written.
     """
-    environment, makers = _templates(), _makers()
+    environment, makers = templates(), _makers()
     with made_whole(folder, overwrite=True) as part:
         (part / "methods").mkdir()
         index = environment.get_template("index.html").render(
@@ -71,7 +71,7 @@ def _former(file: Path, made_of: str) -> str | None:
     return page if f'<meta name="made-of" content="{made_of}">' in page.partition("</head>")[0] else None
 
 
-def _templates() -> Any:
+def templates() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

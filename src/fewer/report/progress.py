@@ -42,13 +42,15 @@ class RunProgress(Observer):
         self._all.stop()
 
     def planned(self, plan: Plan, missing: Sequence[TrialSpec]) -> None:
-        self.total = len(missing)
+        self.total, self.done = len(missing), 0
         kept = len(plan.specs) - len(missing)
         self.console.print(f"{plan.study.slug}: {plan.study.question}")
         had = f", {kept} done before" if kept else ""
         self.console.print(
             f"{len(plan.specs)} trials ({plan.scale} scale, {', '.join(f'{k}={v}' for k, v in plan.options.items()) or 'no options'}){had}"
         )
+        if self._whole is not None:  # of a study before
+            self._all.remove_task(self._whole)
         self._whole = self._all.add_task("all trials", total=self.total)
 
     def started(self, spec: TrialSpec) -> None:

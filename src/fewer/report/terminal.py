@@ -37,7 +37,7 @@ WIDE = 120  # characters of a terminal that has room for everything
 ARM_WIDTH, FIGURE_WIDTH = 28, 18  # characters that a results table gives its arms and each of its figures
 
 
-def _table(title: str = "", **kwargs: Any) -> Table:
+def plain_table(title: str = "", **kwargs: Any) -> Table:
     return Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, **kwargs)
 
 
@@ -106,7 +106,7 @@ def card_view(card: Card) -> RenderableType:
 
 
 def _paper_results(card: Card) -> Table:
-    table = _table("The paper's own numbers")
+    table = plain_table("The paper's own numbers")
     for column in ("metric", "setting", "value", "baseline", "source"):
         table.add_column(column, overflow="fold")
     for result in card.results:
@@ -152,7 +152,7 @@ class ResultsTable:
         shown = [figure for figure in tabled(record) if not figure.detail]
         columns = max(1, (options.max_width - ARM_WIDTH) // FIGURE_WIDTH)
         for start in range(0, len(shown), columns):
-            table = _table()
+            table = plain_table()
             table.add_column("arm", overflow="fold", min_width=min(ARM_WIDTH, options.max_width // 3))
             for figure in shown[start : start + columns]:
                 table.add_column(figure.label, justify="right", overflow="fold", max_width=FIGURE_WIDTH - 3)
@@ -202,7 +202,7 @@ def is_better(results: Results, figure: Figure, arm: str, against: str) -> bool:
 def curves_table(record: Record, chart: Curve) -> Table:
     """A sparkline an arm: the mean over seeds over the coordinate."""
     results = record.results()
-    table = _table(chart.title or f"{chart.figure} over {chart.over}")
+    table = plain_table(chart.title or f"{chart.figure} over {chart.over}")
     for column in ("arm", "first", "", "last", f"{chart.over} from, to"):
         table.add_column(column, overflow="fold")
     for name, arm in record.arms.items():
@@ -236,7 +236,7 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
 
 def settings_table(record: Record) -> Table:
     """The settings of each arm and where they come from."""
-    table = _table("Settings")
+    table = plain_table("Settings")
     for column in ("arm", "settings", "where they come from"):
         table.add_column(column, overflow="fold")
     for arm in record.arms.values():
@@ -252,7 +252,7 @@ def settings_line(settings: dict[str, Any]) -> str:
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     """Each claim with the paper's figure, ours with its spread, and the verdict."""
-    table = _table("The paper's claims, on this machine")
+    table = plain_table("The paper's claims, on this machine")
     table.add_column("verdict", overflow="fold", min_width=7)
     table.add_column("claim", overflow="fold", ratio=3)
     table.add_column("paper", overflow="fold", ratio=2)
@@ -266,7 +266,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
 
 def races_table(races: Sequence[RaceOutcome]) -> Table:
     """Each race with its ratio, ours over the peer's, and what it should reach."""
-    table = _table("Races (ours / the peer's, median of pairs; below 1 is in our favour)")
+    table = plain_table("Races (ours / the peer's, median of pairs; below 1 is in our favour)")
     for column in ("race", "peer", "ratio", "10-90 %", "asked for", "ours", "peer's"):
         table.add_column(column, overflow="fold")
     for race in races:
@@ -280,7 +280,7 @@ def races_table(races: Sequence[RaceOutcome]) -> Table:
 
 def tunings_table(tunings: Sequence[RecordedTuning], objective: str) -> Table:
     """The best settings of each arm and the budget they were found with."""
-    table = _table("Tuned settings")
+    table = plain_table("Tuned settings")
     for column in ("arm", "settings", objective, "trials", "pruned"):
         table.add_column(column, overflow="fold")
     for tuning in tunings:
@@ -290,7 +290,7 @@ def tunings_table(tunings: Sequence[RecordedTuning], objective: str) -> Table:
 
 def findings_table(title: str, findings: Sequence[Finding]) -> Table:
     """What the doctor found."""
-    table = _table(title)
+    table = plain_table(title)
     for column in ("", "what", "what it means"):
         table.add_column(column, overflow="fold")
     for finding in findings:
@@ -309,7 +309,7 @@ def machine_line(environment: dict[str, Any], date: str) -> str:
 
 def sets_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The data sets, a row each."""
-    table = _table("Data sets")
+    table = plain_table("Data sets")
     for column in ("name", "what", "size", "licence", "where it comes from, in this order"):
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -319,7 +319,7 @@ def sets_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def files_table(found: Sequence[Any]) -> Table:
     """The files of a data set: size, and the verified copy or why there is none."""
-    table = _table(found[0].dataset)
+    table = plain_table(found[0].dataset)
     for column in ("", "file", "size", "where it lies"):
         table.add_column(column, overflow="fold")
     for each in found:

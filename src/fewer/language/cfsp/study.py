@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fewer.devices import one_thread
 from fewer.language._shared.feed_forward import count_parameters, decoder_layers, ffn_flops, width_of
 from fewer.language._shared.timing import reading_seconds, writing_seconds
-from fewer.language._shared.trained import DATA_HELP, TEXT_HELP, Trained, trained
+from fewer.language._shared.trained import DATA_HELP, HELD_OUT_HELP, TEXT_HELP, Trained, trained
 from fewer.language.cfsp.calibration import CfspStats, calibrate
 from fewer.language.cfsp.peers import prune_by_global_threshold
 from fewer.language.cfsp.pruning import PruneReport, prune, save_pruned
@@ -45,8 +45,8 @@ study = Study(
         Figure("calls", "passes of the dense model over the text", at=HALF),
         Figure("prune.cpu_seconds", "processor time to calibrate and prune", "s", at=HALF),
         Figure("recover.cpu_seconds", "processor time of 100 recovery steps", "s"),
-        Figure("reading_seconds", "processor time to read 256 tokens", "s"),
-        Figure("writing_seconds", "processor time to write 32 tokens", "s"),
+        Figure("reading_seconds", "processor time to read 256 tokens, half removed", "s", at=HALF),
+        Figure("writing_seconds", "processor time to write 32 tokens, half removed", "s", at=HALF),
         Figure("prune.joules", "energy to calibrate and prune", "J", detail=True, at=HALF),
         Figure("prune.peak_memory", "peak resident memory while pruning", "bytes", detail=True, at=HALF),
         Figure("block_importance", "mean angle between a block's input and output, over pi", "", ""),
@@ -64,6 +64,7 @@ study = Study(
 study.option("model", "", help="a model directory (Llama, Mistral, Qwen, Gemma, OLMo, Granite) in place of the small language model")
 study.option("text", "", help=TEXT_HELP)
 study.option("data", "", help=DATA_HELP)
+study.option("held_out", 0, help=HELD_OUT_HELP, least=0)
 study.option("multiple_of", 16, help="widths are multiples of it", least=1)
 
 SHARES = {Scale.QUICK: (0.3, 0.5), Scale.FULL: (0.2, 0.3, 0.5)}
@@ -88,9 +89,9 @@ class Task:
 
 
 @study.task
-def task(scale: Scale, model: str, text: str, data: str, multiple_of: int) -> Task:
+def task(scale: Scale, model: str, text: str, data: str, held_out: int, multiple_of: int) -> Task:
     given = trained(model, text, data, window=WINDOW)
-    return Task(given, given.validation[: HELD_OUT[scale]], scale, multiple_of)
+    return Task(given, given.validation[: held_out or HELD_OUT[scale]], scale, multiple_of)
 
 
 @torch.no_grad()
@@ -124,10 +125,12 @@ def judge(model: nn.Module, task: Task, trial: Trial, *removed: float) -> None:
             trial.log("width", width, layer=layer)
 
 
-def log_speed(model: Any, task: Task, trial: Trial) -> None:
+def log_speed(model: Any, task: Task, trial: Trial, *removed: float) -> None:
     prompt = task.test[None, :WINDOW].to(trial.device)
-    trial.log("reading_seconds", reading_seconds(model, prompt))
-    trial.log("writing_seconds", writing_seconds(model, prompt[:, :16]))
+    reading, writing = reading_seconds(model, prompt), writing_seconds(model, prompt[:, :16])
+    for share in removed:
+        trial.log("reading_seconds", reading, removed=share)
+        trial.log("writing_seconds", writing, removed=share)
 
 
 Way = Callable[[Task, nn.Module, CfspStats, float, torch.Generator], PruneReport]
@@ -148,15 +151,15 @@ def prune_and_judge(task: Task, trial: Trial, way: Way, timed: bool = False) -> 
         if removed == HALF["removed"]:
             for layer, importance in enumerate(stats.block_importance.tolist()):
                 trial.log("block_importance", importance, layer=layer)
-            if timed:
-                log_speed(model, task, trial)
+        if timed:
+            log_speed(model, task, trial, removed)
 
 
 @study.arm("dense", against="dense", label="not pruned")
 def dense(task: Task, trial: Trial) -> None:
     model = task.given.model(trial.device)
     judge(model, task, trial, 0.0, *SHARES[task.scale])
-    log_speed(model, task, trial)
+    log_speed(model, task, trial, 0.0, *SHARES[task.scale])
 
 
 def by(coarse: Any, metric: Any) -> Way:
@@ -293,5 +296,5 @@ def summary(results: Results) -> str:
         f"{loss('uniform-wanda')}, one global threshold {loss('global-threshold')}), {loss('cfsp-recovered')} after 100 steps of recovery. "
         f"The coarse step, how much each block keeps, makes {coarse / gain:.0%} of what CFSP gains over Wanda's channels at uniform width: with "
         f"its widths Wanda's channels come to {loss('coarse-wanda')}, the released ranking's to {loss('coarse-activation')}. It writes in "
-        f"{results.say('writing_seconds', 'cfsp', beside='dense')} the dense model's time."
+        f"{results.say('writing_seconds', 'cfsp', beside='dense', **HALF)} the dense model's time."
     )

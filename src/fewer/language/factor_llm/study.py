@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewer.devices import one_thread
 from fewer.language._shared.timing import writing_seconds
-from fewer.language._shared.trained import DATA_HELP, TEXT_HELP, Trained, trained
+from fewer.language._shared.trained import DATA_HELP, HELD_OUT_HELP, TEXT_HELP, Trained, trained
 from fewer.language.cfsp import calibrate, prune, recover
 from fewer.language.factor_llm.adaptation import AdaptConfig, adapt
 from fewer.language.factor_llm.factorization import factorize
@@ -66,6 +66,7 @@ study = Study(
 study.option("model", "", help="a Llama, Mistral or Qwen2 directory in place of the small language model")
 study.option("text", "", help=TEXT_HELP)
 study.option("data", "", help=DATA_HELP)
+study.option("held_out", 0, help=HELD_OUT_HELP, least=0)
 
 
 @dataclass
@@ -88,9 +89,9 @@ class Task:
 
 
 @study.task
-def task(scale: Scale, model: str, text: str, data: str) -> Task:
+def task(scale: Scale, model: str, text: str, data: str, held_out: int) -> Task:
     given = trained(model, text, data, window=WINDOW)
-    return Task(given, given.validation[: HELD_OUT[scale]], scale)
+    return Task(given, given.validation[: held_out or HELD_OUT[scale]], scale)
 
 
 def judge(task: Task, trial: Trial, model: Any, k: int = TOP_K) -> None:

@@ -39,6 +39,7 @@ from fewer.study.results import All, bootstrap
 WINDOWS = {Scale.QUICK: 1, Scale.FULL: 64}
 EVERY = 3  # layers of the model: one of them is looked at, tensor by tensor
 PLAIN, ROTATED = "plain", "rotated"
+TURNS = ((PLAIN, None), (ROTATED, "block"))
 FORWARD, WEIGHTS, GRADIENTS = ("X", "X^T"), ("W", "W^T"), ("dY", "dY^T")
 NAMES = {"mx8": "8 bits", "mx6": "6 bits", "mx4": "4 bits, blocks of 32", "nv4": "4 bits, blocks of 16"}
 
@@ -84,6 +85,7 @@ study.option("model", "", help="your own model: a transformers directory, in pla
 study.option("text", "", help="a UTF-8 text file to compare on, in place of State of the Union addresses")
 study.option("data", "", help="a JSONL file of prompt and completion to compare on")
 study.option("window", 256, help="tokens of a window", least=2)
+study.option("whole", True, help="rotated formats, and training in 8 bits, too; no: what the plain formats do to the model")
 
 
 @dataclass
@@ -111,6 +113,8 @@ def log(trial: Trial, found: Divergence, **coordinates: Any) -> None:
 
 def log_training(work: Task, trial: Trial, fmt: Format | None) -> None:
     """The classifier of digits, and at full scale a small language model, trained in a format."""
+    if not trial.settings["whole"]:
+        return
     trial.log("digits_loss", train_digits(fmt, trial.seed))
     if work.scale is Scale.FULL:
         trial.log("lm_loss", train_small_lm(fmt, trial.seed))
@@ -126,8 +130,8 @@ def referred(work: Task, trial: Trial) -> tuple[nn.Module, Reference]:
 def one_side(work: Task, trial: Trial, side: int) -> None:
     """All formats of one kind, plain and rotated, in one model; then the classifier in the kind's 8 bits."""
     model, reference = referred(work, trial)
-    done, total = 0, 2 * len(PAIRS)
-    for turned, rotate in ((PLAIN, None), (ROTATED, "block")):
+    done, total = 0, (2 if trial.settings["whole"] else 1) * len(PAIRS)
+    for turned, rotate in TURNS[: total // len(PAIRS)]:
         for pair, names in PAIRS.items():
             fmt = names[side]
             convert(model, fmt, rotate, seed=trial.seed)
@@ -193,7 +197,7 @@ def tensors(work: Task, trial: Trial) -> None:
     trial.note("model and text", work.given.about)
     model = work.given.model(trial.device)
     chosen = every_third(model)
-    for turned, rotate in ((PLAIN, None), (ROTATED, "block")):
+    for turned, rotate in TURNS:
         report = analyse_model(model, work.windows(trial.seed)[:1], rotate=rotate, select=lambda name, _: name in chosen)
         log_report(trial, report, turned)
     for pair, names in PAIRS.items():

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fewer.errors import require
+from fewer.inputs import load_function
 from fewer.signals.spright.bins.bits import Bits, pack
+from fewer.signals.spright.bins.queries import ArrayFunction
 from fewer.signals.spright.spectrum import SparseSpectrum
 from fewer.signals.spright.transform import fwht
 
 Model = Callable[[Bits], np.ndarray]
 FRESH = 5_000  # inputs on which an explanation is judged
+LARGEST = 22  # bits up to which a user's Python function is asked for all of its values
+
+
+class PythonFunction:
+    """A user's function, named `module:name:BITS`, as the arms ask it.
+
+    Attributes:
+        n: its bits.
+        array: all of its 2^n values, the first bit the highest of the index; it is asked for them once.
+    """
+
+    def __init__(self, named: str) -> None:
+        self._function, self.n = load_function(named)
+
+    def __call__(self, m: Bits) -> np.ndarray:
+        return np.asarray(self._function(m))
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        index = np.arange(1 << self.n)[:, None]
+        return self((index >> np.arange(self.n)[::-1] & 1).astype(np.uint8)).astype(np.float64)
+
+
+Yours = ArrayFunction | PythonFunction
 
 
 def k_sparse(n: int, k: int, rng: np.random.Generator) -> SparseSpectrum:

@@ -18,7 +18,19 @@ from fewer.inputs import map_array
 from fewer.meters import median_seconds
 from fewer.signals.spright.bins.queries import ArrayFunction
 from fewer.signals.spright.peers import PeerSignal, lasso_on_pairs
-from fewer.signals.spright.problems import Model, Network, Noisy, exact_support, k_sparse, k_sparse_array, r_squared, trained_models
+from fewer.signals.spright.problems import (
+    LARGEST,
+    Model,
+    Network,
+    Noisy,
+    PythonFunction,
+    Yours,
+    exact_support,
+    k_sparse,
+    k_sparse_array,
+    r_squared,
+    trained_models,
+)
 from fewer.signals.spright.recovery import sparse_wht
 from fewer.signals.spright.spectrum import SparseSpectrum
 from fewer.signals.spright.transform import fwht
@@ -67,7 +79,11 @@ study = Study(
 )
 
 
-study.option("data", "", help="your own function of n bits: an .npy file of its 2^n values, the first bit the highest of the index")
+study.option(
+    "data",
+    "",
+    help="your own function of n bits: an .npy file of its 2^n values, the first bit the highest of the index, or module:name:BITS in Python",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ class Workload:
 
     networks: dict[str, Network]
     models: dict[str, Model]
-    yours: ArrayFunction | None = None
+    yours: Yours | None = None
 
 
 @study.task
@@ -84,7 +100,8 @@ def task(scale: Scale, data: str = "") -> Workload:
     if not data:
         return Workload({name: Network.named(name) for name in ("karate", "les-miserables")}, trained_models())
     try:
-        return Workload({}, {}, ArrayFunction(map_array(data, "the 2^n values of a function")))
+        yours = PythonFunction(data) if ":" in data else ArrayFunction(map_array(data, "the 2^n values of a function"))
+        return Workload({}, {}, yours)
     except (OSError, ValueError) as mistake:  # in the user's own file
         raise UserError(str(mistake)) from mistake
 
@@ -152,7 +169,7 @@ def on_models(models: dict[str, Model], trial: Trial, explain: Callable[[Model, 
             trial.log("coefficients", coefficients, model=name, budget=budget)
 
 
-def on_yours(f: ArrayFunction, trial: Trial, explain: Callable[[ArrayFunction], tuple[Model, int]]) -> None:
+def on_yours(f: Yours, trial: Trial, explain: Callable[[Yours], tuple[Model, int]]) -> None:
     """The share of your function's variance that is left, what was asked of it, and the processor time."""
     explanation, queries = explain(f)
     trial.log("cpu_seconds", median_seconds(lambda: explain(f), REPEATS, processor=True), **YOURS)
@@ -163,7 +180,7 @@ def on_yours(f: ArrayFunction, trial: Trial, explain: Callable[[ArrayFunction], 
 def yours_by_spright(work: Workload, trial: Trial, **settings: Any) -> bool:
     """Whether the run is about your function; if so, the arm on it."""
 
-    def explain(f: ArrayFunction) -> tuple[Model, int]:
+    def explain(f: Yours) -> tuple[Model, int]:
         found = sparse_wht(f, f.n, seed=trial.seed, progress=False, **settings)
         trial.note("found", f"{len(found)} coefficients, converged: {found.converged}")
         return found, found.queries
@@ -190,10 +207,12 @@ def full(work: Workload, trial: Trial) -> None:
         fwht(array)
         return 2**n
 
-    def whole(f: ArrayFunction) -> tuple[Model, int]:
+    def whole(f: Yours) -> tuple[Model, int]:
         values = fwht(fwht(f.array), normalize=False)
         return ArrayFunction(values), 2**f.n
 
+    if work.yours and work.yours.n > LARGEST:
+        return trial.note("left out", f"it would ask your function 2^{work.yours.n} times")
     if work.yours:
         return on_yours(work.yours, trial, whole)
     over_lengths(trial, transform)
@@ -241,7 +260,7 @@ def lasso(work: Workload, trial: Trial) -> None:
         explanation = lasso_on_pairs(model, 30, budget, np.random.default_rng([trial.seed, budget]))
         return explanation, budget, 1 + 30 + 435
 
-    def yours(f: ArrayFunction) -> tuple[Model, int]:
+    def yours(f: Yours) -> tuple[Model, int]:
         asked = min(BUDGET, 2**f.n)
         return lasso_on_pairs(f, f.n, asked, np.random.default_rng([trial.seed, asked])), asked
 

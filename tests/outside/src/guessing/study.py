@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from fewer.errors import DataUnavailable
+from fewer.errors import DataUnavailable, UserError
 from fewer.study import Curve, Difference, Figure, LogUniform, Study
 
 EIGHT = Figure("error", "error of 8 numbers", at={"size": 8})
@@ -24,6 +26,7 @@ study = Study(
 study.option("size", 40, help="how many numbers there are")
 study.option("shape", "flat", choices=["flat", "steep"], help="how they are spread")
 TROUBLES = ["none", "raise", "exit", "signal", "memory", "endless", "nan", "data", "peek"]
+study.option("numbers", "", help="a text file of your own numbers")
 study.option("trouble", "none", choices=TROUBLES, help="what the arm `mean` does wrong")
 
 
@@ -34,7 +37,10 @@ class Numbers:
 
 
 @study.task
-def task(scale, size, shape, trouble):
+def task(scale, size, shape, trouble, numbers=""):
+    if numbers:
+        own = [float(word) for word in Path(numbers).read_text().split()]
+        return Numbers(own[::2], own[1::2])
     if trouble == "data":
         raise DataUnavailable("the numbers could be had from none of 2 sources")
     power = 1 if shape == "flat" else 3
@@ -44,6 +50,8 @@ def task(scale, size, shape, trouble):
 
 def guess(kind, task, trial):
     shift = trial.settings["shift"]
+    while "slow" in trial.settings.get("numbers", "") and not Path("go").exists():  # the tests say when
+        time.sleep(0.05)
     with trial.measure("work"):
         for size in (2, 4, 8):
             sample = random.sample(task.train, size)
@@ -60,6 +68,8 @@ SPACE = {"shift": LogUniform(1e-4, 1.0, start=0.1)}
 
 @study.arm("median", space=SPACE)
 def median_arm(task, trial):
+    if trial.settings.get("numbers", "").endswith("wide.txt") and trial.seed == 0:
+        raise UserError("these numbers are too wide for it")
     guess(median, task, trial)
 
 
