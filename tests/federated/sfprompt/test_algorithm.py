@@ -189,6 +189,12 @@ def test_el2n_of_what_is_certain():
     assert el2n(certain.half(), torch.tensor([0, 1])).dtype == torch.float32
 
 
+def test_el2n_takes_a_label_an_example():
+    for labels in (torch.tensor([1]), torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match=r"the labels are of shape \(\d,\); expected \(3,\), one an example"):
+            el2n(torch.zeros(3, 2), labels)
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.floats(0.01, 1.0), st.randoms())
 @settings(max_examples=60, deadline=None)
 def test_keep_hardest_is_the_sorted_brute_force(scores, keep, random):

@@ -171,7 +171,11 @@ def spoiled(name, change, round=2):
         if mine and not reply.has_error() and name in reply.content.array_records:
             record = reply.content.array_records[name]
             (key,) = record
-            reply.content[name] = ArrayRecord({key: Array(change(record[key].numpy().copy()))})
+            changed = change(record[key].numpy().copy())
+            if changed is None:
+                del reply.content[name]
+            else:
+                reply.content[name] = ArrayRecord({key: Array(changed)})
             state["done"] = True
         return reply
 
@@ -183,11 +187,16 @@ def to_nan(array):
     return array
 
 
+def without(array):
+    """The record is missing."""
+
+
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
         ("smashed", to_nan, "client 1 sent 'smashed' with NaN or infinite numbers; it is left out of this round"),
         ("smashed", lambda array: array[:, 1:], "client 1 sent activations of shape (8, 6, 16); expected [B, 7, 16]"),
+        ("smashed", lambda array: array.astype(int), "client 1 sent torch.int64 numbers; expected floating-point ones"),
         ("output_gradient", to_nan, "client 1 sent 'output_gradient' with NaN"),
         ("output_gradient", lambda array: array[1:], "client 1 sent 'output_gradient' of shape (7, 7, 16); expected (8, 7, 16)"),
     ],
@@ -200,6 +209,25 @@ def test_a_client_that_sends_what_it_should_not_is_left_out(name, change, said, 
     assert said in caplog.text
     assert difference(result, in_process(2, sampler=only([0, 2]))) <= 1e-6
     assert not strategy.body.waiting
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (to_nan, "client 1 sent 'prompt' with NaN"),
+        (lambda array: array[1:], "client 1 sent 6 tokens, its prompt's with them; expected 7, as the model was cut"),
+        (without, "client 1 sent 5 tokens, its prompt's with them; expected 7"),
+    ],
+)
+def test_a_client_whose_prompt_does_not_fit_is_left_out(change, said, caplog):
+    def model():
+        return cut(at="cut")
+
+    with caplog.at_level(logging.WARNING, "flwr"):
+        grid = DirectGrid(app_of(model_fn=model), CLIENTS, spoil=spoiled("prompt", change))
+        result = strategy_of(model_fn=model).start(grid, trained_arrays(model()), num_rounds=2)
+    assert said in caplog.text
+    assert difference(result, in_process(2, model_fn=model, sampler=only([0, 2]))) <= 1e-6
 
 
 def test_a_client_with_nan_in_its_data_is_left_out(caplog):

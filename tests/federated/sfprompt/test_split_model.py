@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from split_vits import CLASSES, cut, images, vit
 from torch import nn
 
@@ -46,6 +47,21 @@ def test_merged_is_the_transformer_with_its_prompt(at):
     with torch.no_grad():
         split.prompt.mul_(-3)
     assert not torch.allclose(merged(x).logits, split(x), atol=1e-3)  # a copy
+
+
+@BOTH
+def test_what_is_merged_is_saved_and_read_back(at, tmp_path):
+    split = cut(at=at).eval()
+    merged = split.merged()
+    save_file(merged.state_dict(), tmp_path / "merged.safetensors")
+    other = cut(at=at, seed=5).merged()
+    other.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    x, _ = images(5)
+    assert torch.equal(other(x).logits, merged(x).logits)
+    prompts = [name for name, _ in other.named_parameters() if name not in dict(vit().named_parameters())]
+    assert prompts == ["vit.embeddings.prompt" if at == "input" else "vit.layers.1.prompt"]
+    for copied in (copy.deepcopy(merged), pickle.loads(pickle.dumps(merged))):
+        assert torch.equal(copied(x).logits, merged(x).logits)
 
 
 @BOTH
@@ -170,6 +186,8 @@ def test_dropout_in_head_or_tail_is_refused():
         SplitModel(head, body, nn.Sequential(tail, nn.Dropout(0.1)), width=8)
     with pytest.raises(ValueError, match=r"of the head drops out with probability 0.3"):
         split_vit(vit(attention_probs_dropout_prob=0.3))
+    with pytest.raises(ValueError, match=r"layer '1' of the tail drops out with probability 0.2"):
+        SplitModel(head, body, nn.Sequential(tail, nn.LSTM(3, 3, num_layers=2, dropout=0.2)), width=8)
     SplitModel(head, nn.Sequential(body, nn.Dropout(0.1)), tail, width=8)  # the body is never in training mode
 
 

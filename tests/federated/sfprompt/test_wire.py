@@ -202,6 +202,30 @@ def test_a_batch_goes_on_without_a_client_that_is_gone():
     assert not server.waiting
 
 
+def test_batches_of_unlike_lengths_pass_apart():
+    """As of clients whose sentences differ, where the model does not say how many tokens there are."""
+    body, a, b = cut().body, torch.randn(2, 7, 16), torch.randn(3, 5, 16)
+    server = BodyServer(body)
+    outputs = server.forward_all({"long": (a, None), "short": (b, None), "prompted": (b, torch.zeros(2, 16))})
+    assert list(outputs) == ["long", "short", "prompted"]
+    assert torch.equal(outputs["short"], body(b))
+    assert {id: each.shape for id, each in server.backward_all(outputs).items()} == {
+        "long": (2, 7, 16), "short": (3, 5, 16), "prompted": (2, 16),
+    }  # fmt: skip
+    assert not server.waiting
+    assert server.forward_all({}) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_body_in_another_precision_than_its_clients(dtype):
+    split = cut()
+    server, a = BodyServer(copy.deepcopy(split.body).to(dtype)), torch.randn(3, 7, 16)
+    assert (server.forward(0, a).float() - split.body(a)).abs().max() <= 0.1
+    assert server.backward(0, torch.ones(3, 7, 16)).shape == (3, 7, 16)
+    history = simulate(SFPrompt(SFPromptConfig(batch_size=8), Wire(server)), split.client, federation(), 1, sampler=Independent(1.0))
+    assert history.server.x.isfinite().all()
+
+
 def test_what_the_server_refuses():
     split = cut()
     server = split.server()
@@ -209,6 +233,10 @@ def test_what_the_server_refuses():
         server.forward("client", torch.zeros(2, 6, 16))
     with pytest.raises(ValueError, match=r"client: a prompt of shape \(2, 3\); expected \[P, 16\]"):
         server.forward("client", torch.zeros(2, 7, 16), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"client: 8 tokens, its prompt's with them; expected 7, as the model was cut"):
+        server.forward("client", torch.zeros(2, 7, 16), torch.zeros(1, 16))
+    with pytest.raises(ValueError, match=r"client: torch.int64 numbers; expected floating-point ones"):
+        server.forward("client", torch.zeros(2, 7, 16).long())
     server.forward("client", torch.zeros(2, 7, 16))
     with pytest.raises(ValueError, match=r"client: the output's gradient is of shape \(1, 7, 16\); expected \(2, 7, 16\), as it was sent"):
         server.backward("client", torch.zeros(1, 7, 16))

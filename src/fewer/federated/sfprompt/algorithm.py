@@ -36,13 +36,15 @@ def el2n(logits: Float[Tensor, "n C"], labels: Int[Tensor, "n"]) -> Float[Tensor
     In float32 at least, whatever the logits are.
 
     Raises:
-        ValueError: a label is none of the logits' classes.
+        ValueError: a label is none of the logits' classes, or there are not as many labels as examples.
 
     Examples:
         >>> el2n(torch.tensor([[99.0, 0.0], [99.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1, 0]))
         tensor([0.0000, 1.4142, 0.7071])
     """
     labels = checked_labels(logits, labels)
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"the labels are of shape {tuple(labels.shape)}; expected {tuple(logits.shape[:-1])}, one an example")
     error = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     error = error - torch.nn.functional.one_hot(labels, logits.shape[-1])
     return torch.linalg.vector_norm(error, dim=-1)

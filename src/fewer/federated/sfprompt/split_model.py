@@ -161,7 +161,10 @@ class SplitModel(ClientModel):
 
     def server(self, timeout: float = 3600.0) -> BodyServer:
         """What the server holds: the body (see `BodyServer`)."""
-        return BodyServer(self.body, self.class_token_only, shape=None if self.tokens is None else self.cut_shape, timeout=timeout)
+        if self.tokens is None:
+            return BodyServer(self.body, self.class_token_only, timeout=timeout)
+        tokens = self.tokens + self.prompt_tokens
+        return BodyServer(self.body, self.class_token_only, shape=self.cut_shape, tokens=tokens, timeout=timeout)
 
     @property
     def cut_shape(self) -> tuple[int, int]:
@@ -231,27 +234,14 @@ def class_token_after(layer: Any, tokens: Float[Tensor, "B T D"]) -> Float[Tenso
     return token + layer.mlp(layer.layernorm_after(token))
 
 
-class PromptedEmbeddings(nn.Module):
-    """Embeddings with a prompt built in."""
-
-    def __init__(self, embeddings: nn.Module, prompt: Tensor | None) -> None:
-        super().__init__()
-        self.embeddings, self.prompt = embeddings, None if prompt is None else nn.Parameter(prompt.detach().clone())
-        self.patch_embeddings: Any = getattr(embeddings, "patch_embeddings", None)  # transformers asks it for its dtype
-
-    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
-        return insert_prompt(self.embeddings(*inputs, **keywords), self.prompt)
+def prompt_after(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
+    """A forward hook: the module's prompt is put into what it gives."""
+    return insert_prompt(tokens, module.prompt)  # pyright: ignore[reportArgumentType] - a parameter
 
 
-class PromptedLayer(nn.Module):
-    """A block before which a prompt is put in."""
-
-    def __init__(self, layer: nn.Module, prompt: Tensor | None) -> None:
-        super().__init__()
-        self.layer, self.prompt = layer, None if prompt is None else nn.Parameter(prompt.detach().clone())
-
-    def forward(self, tokens: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
-        return self.layer(insert_prompt(tokens, self.prompt), *inputs, **keywords)
+def prompt_before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward hook: the module's prompt is put into what it reads."""
+    return insert_prompt(inputs[0], module.prompt), *inputs[1:]  # pyright: ignore[reportArgumentType] - a parameter
 
 
 class SplitViT(SplitModel):
@@ -270,17 +260,22 @@ class SplitViT(SplitModel):
         self.config = model.config
 
     def merged(self) -> ViTForImageClassification:
-        """The whole as a `ViTForImageClassification` in evaluation mode, the prompt built in; a copy."""
+        """The whole as a `ViTForImageClassification` in evaluation mode, the prompt built in; a copy.
+
+        The prompt is a parameter beside the others, which keep their names. Keep the model by its `state_dict`, which another `merged()`
+        loads: transformers' `from_pretrained` does not know the prompt, and would leave it out.
+        """
         from transformers import ViTForImageClassification
 
         own: Any = copy.deepcopy(self)
-        layers = [*own.head.layers, *own.body.layers, *own.tail.layers]
-        if self.at == "cut":
-            layers[len(own.head.layers)] = PromptedLayer(layers[len(own.head.layers)], own.prompt)
         with torch.device("meta"):
             model: Any = ViTForImageClassification(own.config)
-        model.vit.embeddings = PromptedEmbeddings(own.head.embeddings, own.prompt if self.at == "input" else None)
-        model.vit.layers, model.vit.layernorm, model.classifier = nn.ModuleList(layers), own.tail.norm, own.tail.classifier
+        model.vit.embeddings, model.vit.layernorm, model.classifier = own.head.embeddings, own.tail.norm, own.tail.classifier
+        model.vit.layers = nn.ModuleList([*own.head.layers, *own.body.layers, *own.tail.layers])
+        if own.prompt is not None:
+            place = model.vit.embeddings if self.at == "input" else own.body.layers[0]
+            place.register_parameter("prompt", own.prompt)
+            place.register_forward_hook(prompt_after) if self.at == "input" else place.register_forward_pre_hook(prompt_before)
         return model.requires_grad_().eval()
 
 
@@ -330,12 +325,12 @@ def split_vit(
 def check_no_dropout(name: str, part: nn.Module) -> None:
     """ValueError naming a layer that drops out: the two passes over the wire would not be of the same function."""
     for path, module in part.named_modules():
-        share = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", 0)
-        share = module.dropout if isinstance(module, nn.MultiheadAttention) else share
-        if isinstance(share, float | int) and share > 0:
-            raise ValueError(
-                f"layer {path!r} of the {name} drops out with probability {share}; expected none in head and tail: set it to 0"
-            )
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else ["attention_dropout", "dropout", "drop_prob"]
+        for share in (getattr(module, each, 0) for each in names):
+            if isinstance(share, float | int) and share > 0:
+                raise ValueError(
+                    f"layer {path!r} of the {name} drops out with probability {share}; expected none in head and tail: set it to 0"
+                )
 
 
 def _width_of(body: nn.Module) -> int:

@@ -16,7 +16,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewer.checks import check_positive
+from fewer.checks import check_positive, check_whole
 from fewer.federated._shared.flower_records import tensor_of
 
 VALUE, BITS = "value", "bfloat16"
@@ -54,6 +54,7 @@ class BodyServer:
         body: frozen; tokens [B, T, D] -> tokens. It is put into evaluation mode.
         class_token_only: hand back the class token alone.
         shape: (tokens, D) of an example's activations as a client sends them; None: any.
+        tokens: of an example as the body reads them, the prompt's with them; None: any.
         timeout: seconds after which a pass whose gradient has not come is dropped, at the next call.
 
     Raises:
@@ -66,11 +67,18 @@ class BodyServer:
     """
 
     def __init__(
-        self, body: nn.Module, class_token_only: bool = False, *, shape: tuple[int, int] | None = None, timeout: float = 3600.0
+        self,
+        body: nn.Module,
+        class_token_only: bool = False,
+        *,
+        shape: tuple[int, int] | None = None,
+        tokens: int | None = None,
+        timeout: float = 3600.0,
     ) -> None:
         check_frozen("body", body)
         check_positive(timeout=timeout)
-        self.body, self.class_token_only, self.shape, self.timeout = body.eval(), class_token_only, shape, timeout
+        check_whole(optional=["tokens"], tokens=tokens)
+        self.body, self.class_token_only, self.shape, self.tokens, self.timeout = body.eval(), class_token_only, shape, tokens, timeout
         self._passed: dict[Hashable, _Passed] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,26 +98,35 @@ class BodyServer:
         return self.backward_all({id: gradient})[id]
 
     def forward_all(self, parts: Mapping[Any, Smashed], *, keep: bool = True) -> dict[Any, Float[Tensor, "B T D"]]:
-        """The body's outputs for the batches of some clients, in one pass over their concatenation.
+        """The body's outputs for the batches of some clients, in one pass over the concatenation of those that have as many tokens.
 
         Args:
             parts: id -> (activations [B, T, D], and the prompt [P, D] where it is put in at the cut). An id that waits is replaced.
             keep: False: no gradient will come.
 
         Raises:
-            ValueError: activations are of another shape than announced.
+            ValueError: activations are of another shape than announced, or no floating-point numbers.
         """
         check_frozen("body", self.body)
         self._forget_old()
         for id, part in parts.items():
             if fault := self.fault_of(*part):
                 raise ValueError(f"{id}: {fault}")
+        alike: dict[torch.Size, dict[Hashable, Smashed]] = {}
+        for id, (smashed, prompt) in parts.items():
+            alike.setdefault(insert_prompt(smashed[:1], prompt).shape[1:], {})[id] = smashed, prompt
+        outputs = {id: output for group in alike.values() for id, output in self._pass(group, keep).items()}
+        return {id: outputs[id] for id in parts}
+
+    def _pass(self, parts: Mapping[Hashable, Smashed], keep: bool) -> dict[Hashable, Tensor]:
+        """One pass over batches whose examples have as many tokens, in the body's own precision."""
         place: Any = next(self.body.parameters(), next(iter(parts.values()))[0])
+        dtype = place.dtype if place.is_floating_point() else None
         inputs, tokens = {}, {}
         with torch.set_grad_enabled(keep):
             for id, (smashed, prompt) in parts.items():
-                smashed = smashed.detach().to(place.device)
-                inputs[id] = (smashed if prompt is None else prompt.detach().to(place.device)).requires_grad_(keep)
+                smashed = smashed.detach().to(place.device, dtype)
+                inputs[id] = (smashed if prompt is None else prompt.detach().to(smashed)).requires_grad_(keep)
                 tokens[id] = inputs[id] if prompt is None else insert_prompt(smashed, inputs[id])
             b = self.body(torch.cat(list(tokens.values())))
             b = b[:, :1] if self.class_token_only else b
@@ -162,8 +179,13 @@ class BodyServer:
         if smashed.ndim != 3 or (self.shape is not None and tuple(smashed.shape[1:]) != self.shape):
             expected = "[B, tokens, D]" if self.shape is None else f"[B, {self.shape[0]}, {self.shape[1]}]"
             return f"activations of shape {tuple(smashed.shape)}; expected {expected}, as the model was cut"
+        if not smashed.is_floating_point() or (prompt is not None and not prompt.is_floating_point()):
+            return f"{(smashed if prompt is None else prompt).dtype} numbers; expected floating-point ones"
         if prompt is not None and (prompt.ndim != 2 or prompt.shape[1] != smashed.shape[2]):
             return f"a prompt of shape {tuple(prompt.shape)}; expected [P, {smashed.shape[2]}]"
+        count = smashed.shape[1] + (0 if prompt is None else len(prompt))
+        if self.tokens is not None and count != self.tokens:
+            return f"{count} tokens, its prompt's with them; expected {self.tokens}, as the model was cut"
         return ""
 
     def _forget_old(self) -> None:
