@@ -1,17 +1,20 @@
-"""What the study trains on: people's handwriting as a policy's motions, and digits or a user's own images; their fields, trained once a seed."""
+"""What is learnt: people's handwriting as a policy's motions, digits or a user's own images, fields trained once a seed; a robot that picks and places."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewer.data import WEIGHTS, folder_of, load_handwriting, made_once
@@ -19,6 +22,7 @@ from fewer.diffusion.flow_mle.contraction import ContractingResidual
 from fewer.diffusion.flow_mle.finetuning import latents_of
 from fewer.diffusion.flow_mle.solver import flow_matching_loss
 from fewer.diffusion.flow_mle.velocity import VelocityMLP
+from fewer.errors import MissingExtra
 from fewer.fitting import MovingAverage, fit_steps
 from fewer.tasks.digit_denoiser import DenoiserRecipe, DigitDenoiser
 from fewer.tasks.digits_diffusion import digit_images
@@ -177,3 +181,94 @@ def images(data: str = "", full: bool = False) -> Problem:
         Training(30_000 if full else 1500, 256, 2e-3, 0.995),
         20,
     )
+
+
+# Manipulation: a robot's arm that picks and places, in MuJoCo; its packages do not come with the extra
+
+EPISODE, STATE = 50, 28  # steps; numbers of a state: 25 of the robot and the object, 3 of the goal
+HOVER, NEAR, GAIN, CLOSING = 0.06, 0.01, 6.0, 4  # metres above the object, metres that count as there, of the pull, steps of the fingers
+REACHED, PRECISE = 0.05, 0.01  # metres to the goal: success as the environment has it, and strictly
+
+
+def pick_and_place() -> Any:
+    """The environment FetchPickAndPlace-v4; MissingExtra says what it needs."""
+    if any(importlib.util.find_spec(name) is None for name in ("gymnasium_robotics", "mujoco")):
+        raise MissingExtra("the robot's arm is not installed; install it with: pip install gymnasium-robotics==1.4.2 mujoco==3.3.7")
+    gymnasium = importlib.import_module("gymnasium")
+    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    return gymnasium.make("FetchPickAndPlace-v4", max_episode_steps=EPISODE)
+
+
+class Expert:
+    """Picks and places by its script: above the object, down to it, fingers closed, off to the goal. Called as a `FlowPolicy` is."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.phase, self.held = "hover", 0
+
+    def act(self, state: Float[Tensor, "28"], generator: torch.Generator | None = None) -> Float[Tensor, "4"]:
+        gripper, thing, goal = state[:3], state[3:6], state[25:]
+        above = thing + torch.tensor([0.0, 0.0, HOVER])
+        if self.phase == "hover" and bool((above - gripper).norm() < NEAR):
+            self.phase = "descend"
+        if self.phase == "descend" and bool((thing - gripper).norm() < NEAR):
+            self.phase = "close"
+        if self.phase == "close" and self.held == CLOSING:
+            self.phase = "carry"
+        self.held += self.phase == "close"
+        way = {"hover": above - gripper, "descend": thing - gripper, "close": torch.zeros(3), "carry": goal - thing}[self.phase]
+        fingers = 1.0 if self.phase in ("hover", "descend") else -1.0
+        return torch.cat([GAIN * way, torch.tensor([fingers])]).clamp(-1, 1)
+
+
+class Episode(NamedTuple):
+    states: Float[Tensor, "50 28"]
+    actions: Float[Tensor, "50 4"]
+    distance: float  # of the object to the goal at the end, in metres
+    seconds: float  # that the actor took
+
+
+def episode(env: Any, actor: Any, seed: int, action_noise: float = 0.0, observation_noise: float = 0.0) -> Episode:
+    """One episode; where it begins, the actor's noise and the normal noises (deviations) are drawn from the seed."""
+    draw, noise = (torch.Generator().manual_seed(seed + i) for i in (0, 1))
+    states, actions, seconds = [], [], 0.0
+    actor.reset()
+    seen, _ = env.reset(seed=seed)
+    for _ in range(EPISODE):
+        states.append(torch.from_numpy(np.concatenate([seen["observation"], seen["desired_goal"]])).float())
+        given, started = states[-1] + observation_noise * torch.randn(STATE, generator=noise), time.perf_counter()
+        actions.append(actor.act(given, draw))
+        seconds += time.perf_counter() - started
+        done = actions[-1] + action_noise * torch.randn(4, generator=noise)
+        seen, *_ = env.step(done.clamp(-1, 1).numpy())
+    distance = float(np.linalg.norm(seen["achieved_goal"] - seen["desired_goal"]))
+    return Episode(torch.stack(states), torch.stack(actions), distance, seconds)
+
+
+def episode_seed(seed: int, i: int, test: bool) -> int:
+    """Even numbers to learn from, odd ones to be judged by: no episode is both."""
+    return 2 * (100_000 * seed + i) + test
+
+
+def demonstrations(
+    env: Any, count: int = 100, seed: int = 0, horizon: int = 8, obs_steps: int = 2
+) -> tuple[Float[Tensor, "N obs_steps 28"], Float[Tensor, "N horizon 4"]]:
+    """The expert's episodes as windows of states and the chunks of actions that followed, for `FlowPolicy.fit`."""
+    seen, taken = [], []
+    for i in range(count):
+        run = episode(env, Expert(), episode_seed(seed, i, test=False))
+        led = torch.cat([run.states[:1].expand(obs_steps - 1, -1), run.states])  # the first stands for those before it
+        seen.append(led.unfold(0, obs_steps, 1).mT[: EPISODE - horizon + 1])
+        taken.append(run.actions.unfold(0, horizon, 1).mT)
+    return torch.cat(seen), torch.cat(taken)
+
+
+def judged(env: Any, actor: Any, count: int = 50, seed: int = 0, **noises: float) -> dict[str, float]:
+    """How an actor does in episodes that no demonstration began as; noises as `episode` takes them."""
+    runs = [episode(env, actor, episode_seed(seed, i, test=True), **noises) for i in range(count)]
+    far = np.array([run.distance for run in runs])
+    milliseconds = 1e3 * sum(run.seconds for run in runs) / (count * EPISODE)
+    shares = {"success": float((far < REACHED).mean()), "precise": float((far < PRECISE).mean())}
+    return shares | {"distance": float(np.median(far)), "milliseconds": milliseconds}
