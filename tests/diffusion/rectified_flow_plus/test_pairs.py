@@ -37,7 +37,7 @@ def test_noise_is_the_same_bits_in_every_process_and_batch(tmp_path):
         assert torch.equal(pairs.batch(rows)[1], z[rows])
         assert torch.equal(noise_of(pairs.z[rows], SHAPE), z[rows])
     assert torch.equal(pairs[7][1], z[7])
-    other = made(tmp_path / "other", batch_size=25, part=10)
+    other = generate_pairs(VelocityFromEDM(Exact(0.3)), 25, SAMPLER, tmp_path / "other", list(SHAPE), part=10)
     assert torch.equal(other.batch(torch.arange(25))[1], z)
     code = (
         "import sys; from fewer.diffusion.rectified_flow_plus import PairDataset\n"
@@ -95,6 +95,19 @@ def test_a_run_that_broke_off_goes_on(tmp_path):
     assert torch.equal(again.z, whole.z)
 
 
+def test_a_sampler_of_ones_own_is_known_again(tmp_path):
+    """Also in another process, where its address is another."""
+
+    class Own:
+        def __call__(self, teacher, z):
+            return z / 4
+
+    made = [generate_pairs(VelocityFromEDM(Exact(0.3)), 5, sampler, tmp_path, SHAPE) for sampler in (Own(), Own())]
+    assert torch.equal(made[0].x, made[1].x)
+    with pytest.raises(ValueError, match="other sampler"):
+        generate_pairs(VelocityFromEDM(Exact(0.3)), 5, SAMPLER, tmp_path, SHAPE)
+
+
 @pytest.mark.parametrize("words", [{"n": 30}, {"seed": 1}])
 def test_pairs_of_other_settings_are_not_mixed_in(tmp_path, words):
     made(tmp_path)
@@ -127,8 +140,11 @@ def test_real_images_get_the_noises_that_the_model_says():
         (lambda: PairDataset(torch.zeros(3, 1, 2, 2), torch.zeros(3, 1, 2, 3)), "expected as many of one shape"),
         (lambda: PairDataset(torch.zeros(3, 1, 2, 2), torch.arange(2)), "or a seed a pair"),
         (lambda: PairDataset(torch.zeros(3, 1, 2, 2, dtype=torch.int64), torch.zeros(3, 1, 2, 2)), "scale bytes"),
+        (lambda: PairDataset(torch.zeros(3, 1, 2, 2), torch.zeros(3, 1, 2, 2, dtype=torch.int64)), "z is .* scale bytes"),
+        (lambda: PairDataset(torch.zeros(3, 1, 2, 2), torch.arange(3), torch.zeros(3)), r"label is \(3,\) torch.float32; expected whole"),
         (lambda: real_pairs(VelocityFromEDM(Exact(1.0)), torch.zeros(3, 1, 2, 2, dtype=torch.uint8)), "scale bytes"),
         (lambda: EDMSampler(steps=1), "steps is 1"),
+        (lambda: EDMSampler(sigma_min=80.0), "expected sigma_min below sigma_max"),
     ],
 )
 def test_what_cannot_be_is_refused(make, words):
@@ -141,6 +157,10 @@ def test_a_sampler_that_gives_something_else_is_refused_and_nothing_half_written
         with pytest.raises(ValueError, match="expected finite images"):
             generate_pairs(VelocityFromEDM(Exact(1.0)), 4, sampler, tmp_path / repr(id(sampler)), SHAPE)
         assert [file.name for file in (tmp_path / repr(id(sampler))).iterdir()] == ["pairs.json"]
+    (tmp_path / "mine").mkdir()
+    np.savez(tmp_path / "mine" / "part-00000.npz", x=np.zeros((10, *SHAPE), np.uint8), seed=np.arange(10))
+    with pytest.raises(ValueError, match="parts without pairs.json"):
+        made(tmp_path / "mine")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="expected a folder for the pairs"):
         made(tmp_path / "file")

@@ -117,6 +117,7 @@ def test_gradients_reach_the_first_image_alone():
 def test_the_features_stay_in_eval_mode_and_can_be_copied_and_saved():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Dropout(0.5)).double().eval().requires_grad_(False)
+    assert not FeatureDistance(net, ["1"]).train().training
     premetric = LPIPSHuber(FeatureDistance(net, ["1"])).train()
     assert not net.training
     a, b = randn(2, *SHAPE), randn(2, *SHAPE, seed=1)
@@ -162,7 +163,23 @@ def test_objects_of_other_libraries_are_called_as_they_are():
 
     x, z, t = draws()
     v = randn(5, *SHAPE, seed=2)
-    assert LPIPSHuber(Theirs().eval())(v, x, z, t).shape == (5,)
+    theirs = LPIPSHuber(Theirs().eval())(v, x, z, t)
+    assert theirs.shape == (5,)
+
+    class Piqs(Theirs):  # as piq.LPIPS, of images in [0, 1]
+        __module__ = "piq.perceptual"
+
+        def forward(self, a, b):
+            return super().forward(2 * a - 1, 2 * b - 1)
+
+    assert torch.allclose(LPIPSHuber(Piqs().eval())(v, x, z, t), theirs)
+
+    class Mean(nn.Module):  # as piq's by default
+        def forward(self, a, b):
+            return (a - b).square().mean()
+
+    with pytest.raises(ValueError, match='a number a sample: reduction="none"'):
+        LPIPSHuber(Mean().eval())(v, x, z, t)
 
 
 def test_a_classifier_trained_on_the_spot_and_a_teachers_own_features():
@@ -171,7 +188,7 @@ def test_a_classifier_trained_on_the_spot_and_a_teachers_own_features():
     distance = classifier_distance(images, labels, steps=3, batch_size=8)
     assert [each.shape[1:] for each in distance.features(images[:2])] == [(8, 8, 8), (16, 4, 4), (16, 4, 4)]
     assert "classifier" in LPIPSHuber(distance).name
-    again = classifier_distance(images, labels, steps=3, batch_size=8)
+    again = classifier_distance(images, labels.int(), steps=3, batch_size=8)
     assert torch.equal(again(images[:2], images[2:4]), distance(images[:2], images[2:4]))
     asked = []
 
@@ -221,6 +238,11 @@ def test_lpips_from_local_weights_pools_by_means_and_sees_imagenets_pixels(tmp_p
         (lambda: FeatureDistance(IDENTITY, ["7"]), "expected parts of the backbone: 0"),
         (lambda: FeatureDistance(IDENTITY, ["0"], [torch.tensor([-1.0])]), "without negative"),
         (lambda: FeatureDistance(IDENTITY, ["0"], []), "0 weights for 1 layers"),
+        (lambda: FeatureDistance(IDENTITY, ["0"], [torch.tensor([float("nan")])]), "without negative"),
+        (lambda: FeatureDistance(IDENTITY, ["0"], [torch.ones(3)])(*draws()[:2]), "2 channels and 3 weights"),
+        (lambda: PyramidHuber()(torch.zeros(2, 4), torch.zeros(2, 4)), "expected images"),
+        (lambda: classifier_distance(torch.zeros(4, 1, 8, 8), torch.arange(3)), "labels are .3,. torch.int64; expected whole"),
+        (lambda: classifier_distance(torch.zeros(4, 1, 8, 8), torch.tensor([-1, 0, 1, 1])), "expected whole numbers from 0"),
         (lambda: LPIPSHuber(IDENTITY, time_weight="t"), "time_weight is 't'"),
         (lambda: PseudoHuber(0.0), "huber_c is 0"),
         (lambda: PyramidHuber()(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.uint8)), "b is .* scale bytes"),

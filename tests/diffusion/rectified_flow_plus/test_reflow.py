@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -36,6 +36,11 @@ class Line(nn.Module):
     def forward(self, x, t, *condition):
         column = t.expand(len(x)).to(x).reshape(-1, 1)
         return self.drop(self.map(torch.cat([x, column], 1)))
+
+
+class Narrow(Line):
+    def forward(self, x, t, *condition):
+        return super().forward(x, t)[:, :1]
 
 
 SHIFT = torch.tensor([0.5, -0.5])
@@ -163,8 +168,8 @@ def test_steps_that_are_not_finite_are_left_out_and_counted():
             self.calls += 1
             return super().forward(v, x, z, t) * (float("nan") if self.calls % 2 else 1.0)
 
-    student = train_reflow(model, pairs_of(), ReflowConfig(steps=10, batch_size=8, warm_up=0), Sometimes())
-    assert student.skipped_steps == 5
+    student = train_reflow(model, pairs_of(), ReflowConfig(steps=50, batch_size=8, warm_up=0), Sometimes())
+    assert student.skipped_steps == 25, "more than 20, but not in a row"
     assert student.map.weight.isfinite().all()
 
     class Never(SquaredL2):
@@ -185,11 +190,12 @@ def test_an_overflow_halves_the_loss_scale_and_leaves_the_weights():
     assert (optimizer.scale, optimizer.skipped, weight.tolist()) == (16384.0, 1, [1.0, 1.0])
     plain = nn.Parameter(torch.ones(2))
     theirs = torch.optim.Adam([plain], lr=0.1)
-    for gradient in ([1.0, 2.0], [0.5, -1.0]):
+    for gradient in ([1e-8, 2e-8], [5e-9, -1e-8]):  # as small as Adam's eps, which a scale would leave behind
         weight.grad, plain.grad = torch.tensor(gradient) * optimizer.scale, torch.tensor(gradient)
         optimizer.step()
         theirs.step()
     assert torch.allclose(weight, plain)
+    assert not torch.allclose(weight, torch.ones(2), atol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -207,6 +213,29 @@ def test_dropout_is_the_configs_and_off_in_what_comes_back():
     assert (student.drop.p, model.drop.p) == (0.13, 0.0)
 
 
+def test_what_is_frozen_is_not_trained_unless_all_is():
+    config = ReflowConfig(steps=3, batch_size=8, lr=0.1, warm_up=0, ema=0.0)
+    model = Line()
+    model.map.bias.requires_grad_(False)
+    student = train_reflow(model, pairs_of(), config, SquaredL2())
+    assert torch.equal(student.map.bias, model.map.bias)
+    assert not torch.equal(student.map.weight, model.map.weight)
+    student = train_reflow(model.requires_grad_(False), pairs_of(), config, SquaredL2())
+    assert not torch.equal(student.map.bias, model.map.bias)
+
+
+def test_the_rate_rises_in_a_line_and_falls_where_it_is_told_to():
+    config = ReflowConfig(steps=12, warm_up=4)
+    assert [config.rate(step) for step in (0, 1, 3, 4, 11)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    falling = replace(config, decay=True)
+    assert [falling.rate(step) for step in (0, 3, 4, 8, 11)] == [0.25, 1.0, 1.0, 0.5, 0.125]
+    model, seen = Line(), []
+    for warm_up in (0, 100):
+        student = train_reflow(model, pairs_of(), ReflowConfig(steps=1, batch_size=8, lr=0.1, warm_up=warm_up), SquaredL2())
+        seen.append(float((student.map.weight - model.map.weight).detach().abs().max()))
+    assert seen[0] == pytest.approx(100 * seen[1], rel=0.01)
+
+
 def test_presets_are_the_papers():
     assert ReflowConfig.preset("cifar10") == ReflowConfig(800_000, 512, 2e-4, 5000, ema=0.9999, dropout=0.13)
     assert ReflowConfig.preset("imagenet64").batch_size == 2048
@@ -217,8 +246,11 @@ def test_presets_are_the_papers():
     ("call", "words"),
     [
         (lambda: sample_t(3, a=-1.0), "a is -1"),
+        (lambda: sample_t(3, eps=0.5), "eps is 0.5"),
         (lambda: UShapedTimesteps(100.0), "expected 0 to 80"),
         (lambda: ReflowConfig(steps=0), "steps is 0"),
+        (lambda: train_reflow(Line(), pairs_of(), ReflowConfig(steps=1)), r"expected images \[B, C, H, W\]: take PseudoHuber"),
+        (lambda: train_reflow(Narrow(), pairs_of(), ReflowConfig(steps=1, batch_size=8)), r"answers \(8, 1\); expected \(8, 2\)"),
         (lambda: ReflowConfig(precision="half"), "precision is 'half'"),
         (lambda: ReflowConfig(dropout=1.5), "dropout is 1.5"),
         (lambda: ReflowConfig.preset("lsun"), "expected one of cifar10"),

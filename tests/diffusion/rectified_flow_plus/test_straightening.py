@@ -103,6 +103,7 @@ def test_a_users_own_images_get_a_teacher_once(tmp_path, monkeypatch):
 
     def quick(recipe, images, labels, tell):
         calls.append(tuple(images.shape))
+        torch.manual_seed(0)
         return DigitDenoiser(recipe).eval()
 
     monkeypatch.setattr(problems_of, "train_denoiser", quick)
@@ -117,6 +118,9 @@ def test_a_users_own_images_get_a_teacher_once(tmp_path, monkeypatch):
     assert (len(job.pairs), job.pairs.shape, len(job.test)) == (30, (1, 16, 16), 12)
     assert float(job.images.min()) >= -1
     assert float(job.images.max()) <= 1
+    np.savez(tmp_path / "other.npz", x=x, y=np.arange(60) % 3)
+    other = problems_of.of_file(str(tmp_path / "other.npz"), 30)
+    assert not torch.equal(other.distance.backbone[0].weight, job.distance.backbone[0].weight), "what was learnt of other labels"
     np.savez(tmp_path / "many.npz", x=x, y=np.arange(60))
     for name, words in (("many.npz", "at most 10 classes"), ("nowhere.npz", "no file")):
         with pytest.raises(UserError, match=words):
@@ -170,6 +174,13 @@ def test_the_verb_keeps_pairs_where_it_is_told_and_overwrites_only_when_told(run
     again = run(tmp_path / "plain", tmp_path / "out", "--pairs-dir", tmp_path / "pairs")
     assert isinstance(again.exception, FileExistsError)
     assert run(tmp_path / "plain", tmp_path / "out", "--pairs-dir", tmp_path / "pairs", "--overwrite").exit_code == 0
+
+
+def test_a_rate_that_cannot_be_is_refused_before_pairs_are_made(run, tmp_path):
+    write_pipelines(tmp_path)
+    done = run(tmp_path / "plain", tmp_path / "out", "--lr", "0", "--pairs-dir", tmp_path / "pairs")
+    assert "lr is 0" in str(done.exception)
+    assert not (tmp_path / "pairs").exists()
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,18 @@ def test_times_outside_are_refused(t):
             velocity(torch.ones(2, 3), torch.tensor([0.5, t]))
 
 
+def test_answers_of_another_shape_are_refused_and_none_of_no_states():
+    class Mean(nn.Module):
+        def forward(self, x, sigma):
+            return x.mean(1, keepdim=True)
+
+    with pytest.raises(ValueError, match=r"answers \(2, 1\); expected \(2, 3\)"):
+        VelocityFromEDM(Mean())(torch.ones(2, 3), torch.tensor(0.5))
+    with pytest.raises(ValueError, match="x is .*int64; expected floats"):
+        VelocityFromEDM(Exact(0.5))(torch.ones(2, 3, dtype=torch.int64), torch.tensor(0.5))
+    assert VelocityFromEDM(Exact(0.5))(torch.ones(0, 3), torch.ones(0)).shape == (0, 3)
+
+
 def test_teachers_that_are_no_denoisers_are_refused(unet):
     with pytest.raises(ValueError, match="has no sigma_data; .* EDMPrecond"):
         VelocityFromEDM(unet)

@@ -57,6 +57,7 @@ def reflow(
         sampler = EDMSampler(sampler_steps, sigma_min=last, sigma_max=min(first, 80.0))
         teacher = VelocityFromVP(opened.network, (2 * opened.schedule.log_alphas).exp(), opened.prediction_type)
         given = {"classes": opened.classes, "batch_size": batch, "seed": seed, "device": opened.device}
+        settings = ReflowConfig(steps, batch, lr, warm_up=steps // 20, decay=True, ema=min(0.9999, 1 - 1 / (1 + steps / 10)), seed=seed)
         with tempfile.TemporaryDirectory() as scratch:
             made = generate_pairs(teacher, pairs, sampler, pairs_dir or scratch, opened.shape, **given)
         layers = [f"velocity.eps_model.down_blocks.{place}" for place in range(len(opened.network.down_blocks))]
@@ -64,7 +65,6 @@ def reflow(
         features = FeatureDistance(seen, layers, name="the teacher's encoder")
         premetric = LPIPSHuber(features, time_weight="1/t")
         losses: list[float] = []
-        settings = ReflowConfig(steps, batch, lr, warm_up=steps // 20, decay=True, ema=min(0.9999, 1 - 1 / (1 + steps / 10)), seed=seed)
         student: Any = train_reflow(teacher, made, settings, premetric, tell=lambda _, loss: losses.append(loss))
         DDPMPipeline(student.eps_model, scheduler).save_pretrained(folder)
         told = {"pairs": pairs, "calls": pairs * sampler.calls + steps * batch, "premetric": premetric.name, "loss": losses[-1]}

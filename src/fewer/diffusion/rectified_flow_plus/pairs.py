@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,6 +39,8 @@ class EDMSampler:
     def __post_init__(self) -> None:
         check_whole(least=2, steps=self.steps)
         check_positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}, sigma_max {self.sigma_max}; expected sigma_min below sigma_max")
 
     @property
     def calls(self) -> int:
@@ -81,7 +84,8 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         label: int64 [N], where the teacher takes one.
 
     Raises:
-        ValueError: images and noises of different shapes or numbers, or images that are neither bytes nor floats.
+        ValueError: images and noises of different shapes or numbers, images that are neither bytes nor floats, noises that are neither
+            floats nor seeds, or labels that are no whole numbers.
 
     Examples:
         >>> pairs = PairDataset(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3))
@@ -97,6 +101,10 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
             raise ValueError(f"x is {tuple(x.shape)} and z {tuple(z.shape)}; expected as many of one shape, or a seed a pair (int64 [N])")
         if x.dtype != torch.uint8:
             check_images(x=x)
+        if not seeded:
+            check_images(z=z)
+        if label is not None and (label.dtype.is_floating_point or label.ndim != 1):
+            raise ValueError(f"label is {tuple(label.shape)} {label.dtype}; expected whole numbers [{len(x)}], one a pair")
         self.x, self.z, self.label, self.seeded = x, z, label, seeded
         self._noise: Tensor | None = None if seeded else z
 
@@ -169,21 +177,24 @@ def generate_pairs(
     """
     check_whole(n=n, batch_size=batch_size, part=part)
     check_whole(least=0, classes=classes, seed=seed)
-    folder = Path(out)
+    folder, shape = Path(out), tuple(shape)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; expected a folder for the pairs: name another")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"pairs": n, "part": part, "seed": seed, "shape": list(shape), "classes": classes}
-    meta = settings | {"teacher": model_digest(teacher), "sampler": repr(sampler)}
+    # an address is another in the process that goes on
+    meta = settings | {"teacher": model_digest(teacher), "sampler": re.sub(" at 0x[0-9a-f]+", "", repr(sampler))}
     if (folder / META).exists() and (there := read_json(folder / META)) != meta:
         unlike = [name for name in meta if there.get(name) != meta[name]]
         raise ValueError(f"{folder} has pairs of other {' and '.join(unlike)}; expected none, or the same: choose another folder")
+    if not (folder / META).exists() and any((folder / name).exists() for name in part_names(n, part)):
+        raise ValueError(f"{folder} has parts without {META}, made who knows how; expected none: choose another folder")
     with whole_file(folder / META, overwrite=True) as file:
         file.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf8")
     for number, name in enumerate(part_names(n, part)):
         first, last = number * part, min((number + 1) * part, n)
         if not (folder / name).exists():
-            draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            draw = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
             seeds = torch.randint(2**63 - 1, (last - first,), generator=draw)
             label = torch.randint(classes, (last - first,), generator=draw) if classes else None
             with evaluating(teacher):

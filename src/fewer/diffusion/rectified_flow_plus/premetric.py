@@ -74,7 +74,7 @@ class LPIPSHuber(nn.Module):
 
     Args:
         feature_distance: `distance(x_hat, x)`, a number a sample: a `FeatureDistance`, a `PyramidHuber`, or an object of `lpips` or `piq`
-            (with `reduction="none"`); frozen and in eval mode.
+            (with `reduction="none"`; it is given images in [0, 1]); frozen and in eval mode.
         huber_c: as in `PseudoHuber`.
         time_weight: "none" or "1/t".
     """
@@ -84,6 +84,7 @@ class LPIPSHuber(nn.Module):
         check_choice(("none", "1/t"), time_weight=time_weight)
         check_frozen(feature_distance)
         self.huber, self.distance, self.time_weight = PseudoHuber(huber_c), feature_distance, time_weight
+        self.from_zero = type(feature_distance).__module__.partition(".")[0] == "piq"
 
     @property
     def name(self) -> str:
@@ -100,7 +101,10 @@ class LPIPSHuber(nn.Module):
     def forward(self, v: Tensor, x: Tensor, z: Tensor, t: Tensor) -> Float[Tensor, "B"]:
         column = spread(t, x)
         x_hat = (1 - column) * x + column * z - column * v
-        distance = self.distance(x_hat, x).reshape(len(x))
+        distance = self.distance(*((each + 1) / 2 if self.from_zero else each for each in (x_hat, x)))
+        if distance.numel() != len(x):
+            raise ValueError(f'the distance is {tuple(distance.shape)}; expected ({len(x)},), a number a sample: reduction="none"')
+        distance = distance.reshape(len(x))
         weighted = distance if self.time_weight == "none" else distance / t.to(distance)
         return (1 - t.to(weighted)) * self.huber(v, x, z, t) + weighted
 
@@ -126,7 +130,7 @@ class FeatureDistance(nn.Module):
         name: what reports call the backbone.
 
     Raises:
-        ValueError: a backbone that trains, a layer that it lacks, or weights that do not fit.
+        ValueError: a backbone that trains, a layer that it lacks, or weights that do not fit (their channels: at the first call).
 
     Examples:
         >>> same = FeatureDistance(nn.Sequential(nn.Identity()).eval(), ["0"])
@@ -149,7 +153,7 @@ class FeatureDistance(nn.Module):
         missing = [layer for layer in layers if layer not in known]
         if missing or not layers:
             raise ValueError(f"layers are {list(layers)}; expected parts of the backbone: {', '.join(filter(None, known))}")
-        if weights is not None and (len(weights) != len(layers) or any(bool((each < 0).any()) for each in weights)):
+        if weights is not None and (len(weights) != len(layers) or any(not bool((each >= 0).all()) for each in weights)):
             raise ValueError(f"{len(weights)} weights for {len(layers)} layers; expected one a layer, without negative numbers")
         check_whole(optional=("resize",), resize=resize)
         self.backbone, self.layers, self.resize = backbone, tuple(layers), resize
@@ -168,6 +172,9 @@ class FeatureDistance(nn.Module):
             wanted = self.features(b)
         for place, (mine, theirs) in enumerate(zip(self.features(a), wanted, strict=True)):
             difference = (unit(mine) - unit(theirs)).square().flatten(2).mean(2)
+            if len(self.weights) and len(self.weights[place]) != difference.shape[1]:
+                layer, given = self.layers[place], len(self.weights[place])
+                raise ValueError(f"layer {layer} has {difference.shape[1]} channels and {given} weights; expected one a channel")
             total = total + (difference * self.weights[place] if len(self.weights) else difference).sum(1)
         return total
 
@@ -213,6 +220,8 @@ class PyramidHuber(nn.Module):
 
     def forward(self, a: Float[Tensor, "B C H W"], b: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
         check_images(a=a, b=b)
+        if a.ndim != 4:
+            raise ValueError(f"a is {tuple(a.shape)}; expected images [B, C, H, W]: take PseudoHuber() for other data")
         rest = (a - b).to(at_least_single(a.dtype))
         total = torch.zeros_like(rest[:, 0, 0, 0])
         for level in range(self.levels):
@@ -259,13 +268,15 @@ def classifier_distance(
     """
     check_images(images=images)
     check_whole(steps=steps, batch_size=batch_size)
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or int(labels.min()) < 0:
+        raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; expected whole numbers from 0, one an image ({len(images)})")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = digit_classifier(images.shape[1:], int(labels.max()) + 1)
     draw = torch.Generator().manual_seed(seed)
     rows = (torch.randint(len(images), (batch_size,), generator=draw) for _ in range(steps))
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    fit_steps(optimizer, lambda row: F.cross_entropy(net(images[row]), labels[row]), rows, steps)
+    fit_steps(optimizer, lambda row: F.cross_entropy(net(images[row]), labels[row].long()), rows, steps)
     return of_classifier(net)
 
 

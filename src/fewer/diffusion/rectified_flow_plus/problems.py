@@ -109,8 +109,9 @@ def _task(
         generate_pairs(teacher, pairs, SAMPLER, folder / "pairs", shape)
         save_file(classifier_distance(images, labels).backbone.state_dict(), folder / WEIGHTS)
 
-    what: dict[str, Any] = {"version": VERSION, "teacher": model_digest(denoiser), "images": _digest(images), "pairs": pairs}
-    folder = made_once(folder_of("reflow", f"side{recipe.side}", what | {"sampler": repr(SAMPLER)}), make)
+    what: dict[str, Any] = {"version": VERSION, "teacher": model_digest(denoiser), "sampler": repr(SAMPLER), "pairs": pairs}
+    digests = {"images": _digest(images), "labels": _digest(labels)}
+    folder = made_once(folder_of("reflow", f"side{recipe.side}", what | digests), make)
     classifier = digit_classifier(shape, int(labels.max()) + 1)
     classifier.load_state_dict(load_file(folder / WEIGHTS))
     return Task(teacher, recipe, PairDataset.open(folder / "pairs"), of_classifier(classifier), images, test, judge)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewer.checks import check_choice, check_not_negative, check_positive, check_share, check_whole
 from fewer.diffusion.rectified_flow_plus.pairs import PairDataset
 from fewer.diffusion.rectified_flow_plus.premetric import LPIPSHuber, PyramidHuber
-from fewer.diffusion.rectified_flow_plus.velocity import EPS, spread
+from fewer.diffusion.rectified_flow_plus.velocity import EPS, check_answer, spread
 from fewer.fitting import MovingAverage, fit_steps
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,6 +68,8 @@ def sample_t(
     """
     check_whole(least=0, n=n)
     UShapedTimesteps(a)
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"eps is {eps}; expected at least 0 and below 0.5: the default is {EPS}")
     q = torch.rand(n, generator=generator, device=device)
     if a:
         q = 2 * q
@@ -179,7 +181,8 @@ def train_reflow(
     """A straighter flow: the velocity fitted to z - x on the lines of the pairs.
 
     Args:
-        model: the velocity to begin with (`VelocityFromEDM(teacher)`: already a flow), `model(x_t, t, *condition)`. It is left as it is.
+        model: the velocity to begin with (`VelocityFromEDM(teacher)`: already a flow), `model(x_t, t, *condition)`. It is left as it is;
+            what is frozen in it is not trained, unless all is, as in a teacher.
         pairs: of `generate_pairs`.
         config: steps, rates and the law of times.
         premetric: `LPIPSHuber(FeatureDistance(...), time_weight="1/t")` is configuration F; by default the same over a Laplacian pyramid,
@@ -192,13 +195,15 @@ def train_reflow(
         The moving average of the trained copy, in eval mode, on the model's device; `model.skipped_steps` says how many were skipped.
 
     Raises:
-        ValueError: pairs of different shapes.
+        ValueError: pairs of different shapes, or velocities of another shape than theirs.
         FloatingPointError: 20 steps in a row whose loss or gradient is not finite.
     """
     sets = [pairs] if real is None else [pairs, real]
     if len({each.shape for each in sets}) > 1 or len({each.label is None for each in sets}) > 1:
         raise ValueError(f"pairs are {pairs.shape} and real pairs {sets[-1].shape}; expected one shape, with labels in both or in none")
-    student = copy.deepcopy(model).train().requires_grad_(True)
+    student = copy.deepcopy(model).train()
+    if not any(weight.requires_grad for weight in student.parameters()):  # a teacher is mostly frozen whole
+        student.requires_grad_(True)
     for part in student.modules():
         if isinstance(part, nn.Dropout) and config.dropout is not None:
             part.p = config.dropout
@@ -212,6 +217,7 @@ def train_reflow(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             column = spread(t, x)
             v = student((1 - column) * x + column * z, t, *condition)
+        check_answer(v, x)
         loss = judge(v, x, z, t).mean()
         losses[:] = [loss.item()]
         return loss * optimizer.scale if math.isfinite(losses[0]) else torch.zeros((), requires_grad=True)  # without a gradient: no step

@@ -17,7 +17,7 @@ from fewer.checks import check_choice, check_not_negative, check_whole
 from fewer.diffusion._shared.noise_schedule import DiscreteSchedule, NoiseSchedule, check_config
 from fewer.diffusion._shared.prediction import PREDICTIONS, at_least_single
 from fewer.diffusion._shared.scheduler import FractionalTimeScheduler
-from fewer.diffusion.rectified_flow_plus.velocity import EPS, Velocity, check_images, vp_scale, vp_timestep, vp_velocity
+from fewer.diffusion.rectified_flow_plus.velocity import EPS, Velocity, check_answer, check_images, vp_scale, vp_timestep, vp_velocity
 from fewer.fitting import evaluating
 
 SOLVERS, UPDATES = ("euler", "heun"), ("default", "new")
@@ -46,7 +46,9 @@ def states(
     """
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        return model(x.to(z.dtype), torch.tensor(t, dtype=at_least_single(x.dtype), device=x.device), *condition).to(x.dtype)
+        v = model(x.to(z.dtype), torch.tensor(t, dtype=at_least_single(x.dtype), device=x.device), *condition)
+        check_answer(v, x)
+        return v.to(x.dtype)
 
     training = [model] if isinstance(model, nn.Module) and any(part.training for part in model.modules()) else []
     with evaluating(*training):
@@ -81,7 +83,8 @@ def sample(
         condition: labels and the like, handed to the model.
 
     Raises:
-        ValueError: a solver or an update that is not known, fewer than 1 step, or noises that are no floats [B, *shape].
+        ValueError: a solver or an update that is not known, fewer than 1 step, noises that are no floats [B, *shape], or velocities of
+            another shape than theirs.
 
     Examples:
         >>> end = sample(lambda x, t: torch.full_like(x, 2.0), torch.ones(1, 3), steps=4)
@@ -113,7 +116,7 @@ def invert(
         update: "default" alone.
         t_start: where it begins, with (1 - t_start) x + noise * randn: a velocity is not trusted at 0. Costs about as much in a round trip.
         noise: what is added there.
-        generator: on the device of x.
+        generator: of that noise, on any device.
 
     Raises:
         ValueError: as `sample`; update="new", which needs the noise that is looked for; t_start outside (0, 1 / steps).
@@ -126,7 +129,8 @@ def invert(
         raise ValueError(f"t_start is {t_start}; expected a time between 0 and 1 / steps = {1 / steps:g}: the default is {T_START}")
     state = (1 - t_start) * x.to(at_least_single(x.dtype))
     if noise:
-        state = state + noise * torch.randn(x.shape, generator=generator, device=x.device, dtype=state.dtype)
+        place = x.device if generator is None else generator.device
+        state = state + noise * torch.randn(x.shape, generator=generator, device=place, dtype=state.dtype).to(x.device)
     times = [t_start, *(k / steps for k in range(1, steps + 1))]
     return deque(states(model, state, x, times, solver, "default", *condition), maxlen=1)[0].to(x.dtype)
 

@@ -73,20 +73,20 @@ def task(scale: Scale, data: str) -> Task:
 def judge(job: Task, trial: Trial, velocity: nn.Module) -> None:
     """Log how near samples come, how straight the paths are, and what comes back of held-out images."""
     draw = torch.Generator().manual_seed(1000 + trial.seed)
-    noise = torch.randn(JUDGED, *job.images.shape[1:], generator=draw)
+    noise, test = torch.randn(JUDGED, *job.images.shape[1:], generator=draw).to(trial.device), job.test.to(trial.device)
     for calls in CALLS:
         for update in UPDATES if calls > 2 else UPDATES[:1]:  # the updates are one for 1 and 2 calls
             log_distances(job, trial, sample(velocity, noise, calls, "euler", update), calls, update)
     trial.log("straightness", straightness(velocity, noise[:500], STRAIGHT_STEPS))
     for calls in INVERSIONS:
-        inverted = invert(velocity, job.test, calls, generator=draw)
-        trial.log("inversion", float((sample(velocity, inverted, calls) - job.test).square().mean()), calls=calls)
+        inverted = invert(velocity, test, calls, generator=draw)
+        trial.log("inversion", float((sample(velocity, inverted, calls) - test).square().mean()), calls=calls)
         trial.log("noise_std", float(inverted.std()), calls=calls)
 
 
 def log_distances(job: Task, trial: Trial, samples: Tensor, calls: int, update: str = "default") -> None:
     for space in SPACES:
-        distance = frechet_distance(job.features(samples, space), job.features(job.images, space))
+        distance = frechet_distance(job.features(samples.cpu(), space), job.features(job.images, space))
         trial.log("frechet", distance, **at(calls, update, space))
 
 
@@ -127,20 +127,21 @@ def reflow(
     if only_full and trial.scale is Scale.QUICK:
         trial.note("scale", "this arm runs at the full scale alone")
         return
-    student, pairs = (job.scratch(trial.seed) if scratch else job.teacher), job.pairs
+    student, pairs = (job.scratch(trial.seed) if scratch else job.teacher).to(trial.device), job.pairs
     for number in range(rounds):
         if number:
             noise = pairs.batch(torch.arange(len(pairs)))[1]
-            pairs = PairDataset(torch.cat([SAMPLER(student, part) for part in noise.split(500)]).clamp(-1, 1), noise)
+            pairs = PairDataset(torch.cat([SAMPLER(student, part.to(trial.device)).cpu() for part in noise.split(500)]).clamp(-1, 1), noise)
         student = trained(job, trial, student, pairs, premetric_of(job, kind), a, one_time)
     judge(job, trial, student)
 
 
 def teacher(job: Task, trial: Trial) -> None:
     """The flow that training begins at, also with all the calls that its pairs take; and how far real images are from one another."""
-    judge(job, trial, job.teacher)
-    draw = torch.Generator().manual_seed(1000 + trial.seed)
-    log_distances(job, trial, SAMPLER(job.teacher, torch.randn(JUDGED, *job.images.shape[1:], generator=draw)), SAMPLER.calls)
+    velocity, draw = job.teacher.to(trial.device), torch.Generator().manual_seed(1000 + trial.seed)
+    judge(job, trial, velocity)
+    noise = torch.randn(JUDGED, *job.images.shape[1:], generator=draw).to(trial.device)
+    log_distances(job, trial, SAMPLER(velocity, noise), SAMPLER.calls)
     halves = job.images[torch.randperm(len(job.images), generator=draw)].chunk(2)
     for space in SPACES:
         trial.log("floor", frechet_distance(*(job.features(half, space) for half in halves)), space=space)

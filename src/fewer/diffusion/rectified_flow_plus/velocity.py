@@ -25,7 +25,7 @@ EPS = 1e-5  # how near to 0 and 1 times come
 
 def check_times(t: Tensor) -> None:
     """ValueError unless all times are strictly between 0 and 1; on a GPU, where looking would wait for it, they are taken on trust."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
+    if t.device.type != "cpu" or not t.numel() or torch.compiler.is_compiling():
         return
     low, high = t.aminmax()
     if not 0 < low.item() <= high.item() < 1:
@@ -37,6 +37,12 @@ def check_images(**images: Tensor) -> None:
     for name, x in images.items():
         if not x.is_floating_point() or x.ndim < 2:
             raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; expected floats [B, *shape]: scale bytes by x / 127.5 - 1")
+
+
+def check_answer(answer: Tensor, x: Tensor) -> None:
+    """ValueError where a model's answer has another shape than its states, and would be stretched to theirs."""
+    if answer.shape != x.shape:
+        raise ValueError(f"the model answers {tuple(answer.shape)}; expected {tuple(x.shape)}, as the states that it is given")
 
 
 def spread(t: Tensor, x: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ class VelocityFromEDM(nn.Module):
     Shapes: x_t [B, *shape] of any float type, t [] or [B] strictly between 0 and 1, velocity like x_t.
 
     Raises:
-        ValueError: times outside (0, 1); a raw network of diffusers, without `sigma_data` (`fewer.diffusion.EDMPrecond` makes a denoiser
+        ValueError: times outside (0, 1), an answer of another shape than x_t; a raw network of diffusers, without `sigma_data` (`fewer.diffusion.EDMPrecond` makes a denoiser
             of it); half-precision weights in a denoiser without `sigma_data`.
 
     Examples:
@@ -81,6 +87,7 @@ class VelocityFromEDM(nn.Module):
         self.denoiser, self.sigma_max, self.augment_dim = denoiser, sigma_max, augment_dim
 
     def forward(self, x: Float[Tensor, "B *shape"], t: Tensor, *condition: Any) -> Float[Tensor, "B *shape"]:
+        check_images(x=x)
         check_times(t)
         dtype = next((weight.dtype for weight in self.denoiser.parameters()), torch.float32)
         if at_least_single(dtype) != dtype and not hasattr(self.denoiser, "sigma_data"):
@@ -91,6 +98,7 @@ class VelocityFromEDM(nn.Module):
         stretch = 1 / (1 - asked)  # products with a number a sample are quicker than quotients
         words = {"augment_labels": wide.new_zeros(len(x), self.augment_dim)} if self.augment_dim else {}
         clean = self.denoiser(wide * spread(stretch, wide), asked * stretch, *condition, **words)
+        check_answer(clean, wide)
         return (wide - clean).mul_(spread(1 / times, wide)).to(x.dtype)
 
 
@@ -128,6 +136,7 @@ class VelocityFromVP(nn.Module):
         self.schedule = DiscreteSchedule(levels.log() / 2)
 
     def forward(self, x: Float[Tensor, "B *shape"], t: Tensor, *condition: Any) -> Float[Tensor, "B *shape"]:
+        check_images(x=x)
         check_times(t)
         dtype = next((weight.dtype for weight in self.eps_model.parameters()), x.dtype)
         wide = x.to(at_least_single(x.dtype))
