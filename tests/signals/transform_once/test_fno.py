@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
-from fewer.signals import FNO, burgers, navier_stokes
+from fewer.data import load_burgers, load_darcy
+from fewer.errors import DataUnavailable
+from fewer.signals import FNO, burgers, navier_stokes, spectral_resize
 from fewer.signals.transform_once.peers import neuralop_fno, with_weights_of
 
 
@@ -75,6 +77,37 @@ def test_two_waves_are_carried_by_each_other():
     forced = 0.1 * (torch.sin(a + b) + torch.cos(a + b))
     wanted = -(u * -two * torch.sin(a) + v * -2 * two * torch.sin(2 * b)) + forced
     torch.testing.assert_close((w - w0)[0] / small, wanted.expand(32, 32), rtol=0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The benchmark's files, where they can be had."""
+    try:
+        return load_burgers(), load_darcy()
+    except DataUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+def test_burgers_solves_what_the_benchmark_solved(benchmark):
+    """Somebody else's solver: viscosity 1/100, 17 times from 0 to 1."""
+    states, moved = (torch.from_numpy(each).double() for each in benchmark[0])
+    assert (states.shape, moved.shape) == ((1200, 16), (1200, 17, 16))
+    assert torch.equal(moved[:, 0], states)
+    for place, near in ((4, 0.02), (8, 0.035), (16, 0.04)):
+        _, fine = burgers(30, 64, 1e-2, T=place / 16, dt=2e-3, u0=spectral_resize(states[:30], 64), dtype=torch.float64)
+        wanted = moved[:30, place]
+        assert (spectral_resize(fine, 16) - wanted).norm() < near * wanted.norm()
+        assert (states[:30] - wanted).norm() > 10 * near * wanted.norm()
+
+
+def test_darcys_files_are_as_they_say(benchmark):
+    parts = benchmark[1]
+    assert {name: part.x.shape for name, part in parts.items()} == {
+        "train": (1000, 16, 16), "test": (50, 16, 16), "test_32": (50, 32, 32),
+    }  # fmt: skip
+    for part in parts.values():
+        assert part.x.shape == part.y.shape
+        assert set(part.x.flat) == {0.0, 1.0}
 
 
 def test_burgers_keeps_its_mean_and_loses_energy():

@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from fewer.errors import UserError
-from fewer.signals import T1, ModeDataset, ModeLoss, dct, navier_stokes, select_modes, truncated_dct, vp_std
+from fewer.signals import (
+    FNO,
+    T1,
+    ModeDataset,
+    ModeLoss,
+    burgers,
+    dct,
+    navier_stokes,
+    select_modes,
+    spectral_resize,
+    truncated_dct,
+    vp_std,
+)
 from fewer.signals.transform_once import study as module
 from fewer.study import Scale
 
@@ -35,7 +47,25 @@ CALLS = {
     "resolution=(16, 16)": lambda: MODEL(torch.ones(1, 1, 16, 16)),
     "x has shape (1, 1, 8); expected [B, channels] and 2 axes, as many as n_modes (4, 4)": lambda: MODEL(torch.ones(1, 1, 8)),
     "x is torch.complex64; expected real floating-point fields": lambda: MODEL(ONES.cfloat()),
-    "z has shape (3, 2, 4, 4); expected [B, 1, 4, 4]: call to_modes": lambda: MODEL.forward_modes(torch.ones(3, 2, 4, 4)),
+    "z is torch.float32 of shape (3, 2, 4, 4); expected real numbers [B, 1, 4, 4]: call to_modes": lambda: MODEL.forward_modes(torch.ones(3, 2, 4, 4)),
+    "z is torch.complex64 of shape (3, 1, 4, 4); expected real": lambda: MODEL.forward_modes(torch.ones(3, 1, 4, 4).cfloat()),
+    "z is torch.complex64 of shape (3, 2, 4, 4); expected real": lambda: MODEL.from_modes(torch.ones(3, 2, 4, 4).cfloat()),
+    "z is torch.float32 of shape (3, 4); expected real numbers [B, 4, 4, 4]: modes come from": lambda: MODEL.from_modes(torch.ones(3, 4)),
+    "z has shape (3, 1, 4, 4) and the targets (2, 1, 4, 4); expected the same": lambda: (loss := ModeLoss(model=MODEL))(
+        MODEL.to_modes(ONES), loss.prepare(ONES[:2])
+    ),
+    "x is torch.float32 of shape (0, 1, 8, 8); expected real floating-point fields [N, channels, n...], N >= 1": lambda: ModeDataset(
+        ONES[:0], ONES[:0], MODEL
+    ),
+    "size is 0; expected a whole number of at least 1": lambda: list(ModeDataset(ONES, ONES, MODEL).batches(0)),
+    "batch is 0; expected a whole number of at least 1": lambda: ModeDataset(ONES, ONES, MODEL, batch=0),
+    "n_modes[1] is 0; expected a whole number of at least 1": lambda: FNO((4, 0), 4),
+    "x is torch.float32 of shape (3, 8, 8); expected real fields [B, 1] and 2 axes": lambda: FNO((4, 4), 4)(torch.ones(3, 8, 8)),
+    "x is torch.complex64 of shape (3, 1, 8, 8); expected real": lambda: FNO((4, 4), 4)(ONES.cfloat()),
+    "basis is 'dst'; expected one of dct": lambda: truncated_dct(ONES, 2, "dst"),
+    "w0 has shape (2, 8, 8); expected [N, 16, 16]": lambda: navier_stokes(2, 16, w0=torch.ones(2, 8, 8)),
+    "u0 has shape (8,); expected [N, 8]": lambda: burgers(1, 8, u0=torch.ones(8)),
+    "x is torch.complex64; expected real floating-point fields: resize": lambda: spectral_resize(ONES.cfloat(), 16),
     "n_modes is (4, 4) and the resolution (3, 8); expected 1 to n on every axis": lambda: MODEL.from_modes(torch.ones(3, 1, 4, 4), (3, 8)),
     "x has a NaN or infinite value in sample 1; expected finite fields: drop that sample": lambda: ModeDataset(with_value(np.nan), ONES, MODEL),
     "y has a NaN or infinite value in sample 2": lambda: ModeDataset(ONES, with_value(np.inf, 2), MODEL),

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewer.signals import T1, T1UNet, idct, select_modes, truncated_dct, vp_std
-from fewer.signals.transform_once.model import T1Layer
+from fewer.signals import FNO, T1, T1UNet, idct, select_modes, truncated_dct, vp_std
+from fewer.signals.transform_once.model import T1Layer, constant_modes
 from fewer.signals.transform_once.transforms import basis_matrix
 
 near = {"rtol": 1e-12, "atol": 1e-12}
@@ -147,6 +147,28 @@ def test_listed_modes_stay_alone():
     z = model.forward_modes(model.to_modes(x[:3]))
     assert (z != 0).sum() == 3 * 5
     assert (z[:, 0] != 0)[0].nonzero().tolist() == [list(each) for each in select_modes(x, top_k=5).index]
+
+
+def test_a_model_that_answered_first_can_still_be_trained():
+    """What it keeps of its bases must not be bound to inference."""
+    basis_matrix.cache_clear()
+    constant_modes.cache_clear()
+    model, x = T1((3, 2), 4, resolution=(7, 5)), torch.randn(2, 1, 7, 5)
+    with torch.inference_mode():
+        model(x)
+    (model(x) - x).square().mean().backward()
+    assert all(each.grad is not None for each in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_is_near(dtype):
+    torch.manual_seed(0)
+    for model in (T1((6, 6), 8, resolution=(32, 32), head_scale=0.3), FNO((6, 6), 8)):
+        x = torch.randn(4, 1, 32, 32)
+        exact, found = model(x), copy.deepcopy(model).to(dtype)(x.to(dtype))
+        assert found.dtype == dtype
+        assert (found.float() - exact).norm() <= 20 * torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

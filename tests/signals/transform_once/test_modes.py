@@ -29,6 +29,27 @@ def test_a_loss_on_modes_is_the_full_fields(m1, m2, basis, channels):
     torch.testing.assert_close(absolute(z, absolute.prepare(y, model)), wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-7), (torch.float32, 1e-6)])
+def test_the_best_answer_to_a_target_of_few_modes_is_exact(dtype, near):
+    """The rest is then a difference of almost equal energies."""
+    model = T1((4, 4), 4, resolution=(32, 32))
+    y = model.from_modes(torch.randn(5, 1, 4, 4, dtype=dtype))
+    z, loss = model.to_modes(y), ModeLoss(model=model)
+    assert abs(loss(z, loss.prepare(y)) - full_loss(model, z, y)) <= near
+    z = z + 1e-5 * torch.randn_like(z)
+    assert abs(loss(z, loss.prepare(y)) - full_loss(model, z, y)) <= near
+    floors = [select_modes(y, top_k=16).floor, select_modes(y, floor=1e-5).floor]
+    projected = relative(model.from_modes(model.to_modes(y.double())), y.double()).item()
+    assert floors == pytest.approx([projected] * 2, abs=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_holds_the_energy_of_large_fields(dtype):
+    model, y = T1((4, 4), 4, resolution=(256, 256)), 2 * torch.randn(2, 1, 256, 256).to(dtype)
+    loss, z = ModeLoss(model=model), torch.randn(2, 1, 4, 4).to(dtype)
+    assert loss(z, loss.prepare(y)).item() == pytest.approx(full_loss(model, z.float(), y.float()).item(), rel=1e-5)
+
+
 def test_a_perfect_answer_has_a_gradient():
     model, y = T1((4,), 4, resolution=(4,)), torch.randn(2, 1, 4)
     loss = ModeLoss(model=model)

@@ -38,6 +38,24 @@ def test_products_and_ffts_agree_and_pass_gradients(n, monkeypatch):
         assert torch.autograd.gradcheck(lambda x, t=transform: t(x, 1), draw(2, n).requires_grad_())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [8, 300])
+def test_half_precision_is_near(dtype, n):
+    x = torch.randn(3, n).to(dtype)
+    for transform in (dct, idct, lambda x, axis: spectral_resize(x, 2 * n)):
+        found, exact = transform(x, 1), transform(x.double(), 1)
+        assert found.dtype == dtype
+        assert (found.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_what_was_kept_in_inference_passes_gradients_later():
+    basis_matrix.cache_clear()
+    with torch.inference_mode():
+        dct(torch.randn(2, 13), 1)
+    dct(x := torch.randn(2, 13, requires_grad=True), 1).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("basis", ["dct", "fourier"])
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 1000])
 def test_bases_are_orthonormal(basis, n):

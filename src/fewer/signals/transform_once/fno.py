@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fewer.checks import check_choice, check_whole
 from fewer.signals.transform_once.model import vp_std
+from fewer.signals.transform_once.transforms import at_least_single
 
 INITS = ("neuralop", "naive", "vp")
 
@@ -30,10 +31,11 @@ class SpectralConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, *[1] * len(n_modes)))
 
     def forward(self, x: Float[Tensor, "B D n"]) -> Float[Tensor, "B D n"]:
-        points, dims = x.shape[2:], tuple(range(2, x.ndim))
+        points, dims, given = x.shape[2:], tuple(range(2, x.ndim)), x.dtype
+        x, parameters = at_least_single(x), at_least_single(self.weight)
         kept = [min(m, size) for m, size in zip(self.n_modes, (*points[:-1], points[-1] // 2 + 1), strict=True)]
         spectrum = torch.fft.rfftn(x, dim=dims).narrow(-1, 0, kept[-1])
-        weight = torch.view_as_complex(self.weight).narrow(len(kept) - 1, 0, kept[-1])
+        weight = torch.view_as_complex(parameters).narrow(len(kept) - 1, 0, kept[-1])
         for axis, (m, n, size) in enumerate(zip(kept[:-1], points[:-1], self.n_modes[:-1], strict=True)):
             parts = spectrum.narrow(axis + 2, n - m // 2, m // 2), spectrum.narrow(axis + 2, 0, m - m // 2)
             spectrum = torch.cat(parts, axis + 2)  # slices, whose backward pass is quicker than an index's
@@ -43,7 +45,7 @@ class SpectralConv(nn.Module):
             below, above = mixed.split([m // 2, m - m // 2], axis + 2)
             gap = mixed.new_zeros([n - m if i == axis + 2 else size for i, size in enumerate(mixed.shape)])
             mixed = torch.cat([above, gap, below], axis + 2)
-        return torch.fft.irfftn(mixed, s=points, dim=dims) + self.bias  # missing bins of the last axis are zeros
+        return torch.fft.irfftn(mixed, s=points, dim=dims).to(given) + self.bias  # missing bins of the last axis are zeros
 
 
 class Pointwise(nn.Module):
@@ -88,12 +90,13 @@ class FNO(nn.Module):
         super().__init__()
         check_choice(INITS, init=init)
         check_whole(hidden_channels=hidden_channels, in_channels=in_channels, out_channels=out_channels, n_layers=n_layers)
+        check_whole(optional=(), **{f"n_modes[{i}]": m for i, m in enumerate(n_modes)})
         if init == "vp" and resolution is None:
             raise ValueError("init is 'vp' and resolution None; expected the fields' resolution: it says how much variance is cut away")
         axes, width = len(n_modes), hidden_channels
         stds = {"neuralop": 1 / math.sqrt(width), "naive": 1 / width**2}
         std = vp_std(tuple(resolution or ()), tuple(n_modes), width, transform="rfft") if init == "vp" else stds[init] / math.sqrt(2)
-        self.positional_embedding = positional_embedding
+        self.positional_embedding, self.axes, self.in_channels = positional_embedding, axes, in_channels
         inputs = in_channels + (axes if positional_embedding else 0)
         self.lifting = (
             nn.Sequential(Pointwise(inputs, lifting_channels), nn.GELU(), Pointwise(lifting_channels, width))
@@ -105,6 +108,10 @@ class FNO(nn.Module):
         self.projection = nn.Sequential(Pointwise(width, projection_channels), nn.GELU(), Pointwise(projection_channels, out_channels))
 
     def forward(self, x: Float[Tensor, "B c n"]) -> Float[Tensor, "B c n"]:
+        if x.ndim != self.axes + 2 or x.shape[1] != self.in_channels or not x.dtype.is_floating_point:
+            raise ValueError(
+                f"x is {x.dtype} of shape {tuple(x.shape)}; expected real fields [B, {self.in_channels}] and {self.axes} axes, as many as n_modes"
+            )
         if self.positional_embedding:
             grids = torch.meshgrid(*(torch.linspace(0, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[2:]), indexing="ij")
             x = torch.cat([x, torch.stack(grids).expand(len(x), -1, *x.shape[2:])], 1)

@@ -189,10 +189,7 @@ class T1(nn.Module):
 
     def forward_modes(self, z: Float[Tensor, "B c m"]) -> Float[Tensor, "B c m"]:
         """All layers and the head, on modes alone."""
-        if tuple(z.shape[1:]) != (self.in_channels, *self.n_modes):
-            raise ValueError(
-                f"z has shape {tuple(z.shape)}; expected [B, {self.in_channels}, {', '.join(map(str, self.n_modes))}]: call to_modes"
-            )
+        self._check_modes(z, self.in_channels, "call to_modes")
         h = self._lifted(z)
         for layer in self.layers:
             h = layer(h, self.mask)
@@ -212,12 +209,19 @@ class T1(nn.Module):
 
     def from_modes(self, z: Float[Tensor, "B c m"], resolution: Sequence[int] | None = None) -> Float[Tensor, "B c n"]:
         """Fields at any resolution of at least n_modes: the basis functions at its points."""
+        self._check_modes(z, z.shape[1] if z.ndim > 1 else 1, "modes come from forward_modes or to_modes")
         points = self.resolution if resolution is None else tuple(resolution)
         check_modes(self.n_modes, points)
         return apply_matrices(z, [each.T for each in self._matrices(points, z.dtype, str(z.device))])
 
     def forward(self, x: Float[Tensor, "B c n"]) -> Float[Tensor, "B c n"]:
         return self.from_modes(self.forward_modes(self.to_modes(x)))
+
+    def _check_modes(self, z: Tensor, channels: int, how: str) -> None:
+        if tuple(z.shape[1:]) != (channels, *self.n_modes) or not z.dtype.is_floating_point:
+            raise ValueError(
+                f"z is {z.dtype} of shape {tuple(z.shape)}; expected real numbers [B, {channels}, {', '.join(map(str, self.n_modes))}]: {how}"
+            )
 
     def _matrices(self, points: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
         return [basis_matrix(self.basis, m, p, n, dtype, device) for m, p, n in zip(self.n_modes, points, self.resolution, strict=True)]
@@ -268,6 +272,7 @@ class T1(nn.Module):
 
 
 @functools.lru_cache(64)
+@torch.inference_mode(False)  # as basis_matrix
 def constant_modes(
     basis: Basis, n_modes: tuple[int, ...], resolution: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from fewer.signals.transform_once.transforms import BASES, Basis, truncated_dct
 
 
 class OnModes(Protocol):
-    """What a loss and a data set ask of a model: T1, or one of yours that works on modes."""
+    """What a loss and a data set ask of a model: T1, or one of yours that works on modes. Fields come in float64 as well, for a loss' rest."""
 
     resolution: tuple[int, ...]
 
@@ -94,15 +94,17 @@ def select_modes(fields: Float[Tensor, "N c n"], floor: float | None = None, top
 
 
 def _floor(share: Tensor, mask: Tensor) -> float:
-    inside = (share[(slice(None), *(slice(0, m) for m in mask.shape))] * mask).flatten(1).sum(1)
-    return (1 - inside).clamp_(min=0).sqrt().mean().item()
+    """What is outside is summed itself: one less what is inside is known to 1e-16 alone, and its root to 1e-8."""
+    outside = share.clone()
+    outside[(slice(None), *(slice(0, m) for m in mask.shape))] *= ~mask.to(share.device)
+    return outside.flatten(1).sum(1).sqrt().mean().item()
 
 
 def check_fields(name: str, fields: Tensor, resolution: Sequence[int] | None = None, targets: bool = False) -> None:
     """Refuse fields that cannot be trained on, naming the first that is wrong."""
-    if fields.ndim < 3 or not fields.dtype.is_floating_point:
+    if fields.ndim < 3 or not fields.dtype.is_floating_point or not len(fields):
         raise ValueError(
-            f"{name} is {fields.dtype} of shape {tuple(fields.shape)}; expected real floating-point fields [N, channels, n...]"
+            f"{name} is {fields.dtype} of shape {tuple(fields.shape)}; expected real floating-point fields [N, channels, n...], N >= 1"
         )
     if resolution is not None and tuple(fields.shape[2:]) != tuple(resolution):
         raise ValueError(
@@ -163,13 +165,18 @@ class ModeLoss:
         if model is None:
             raise ValueError("no model is given; expected the T1 whose modes are meant: prepare(y, model)")
         check_fields("y", y, model.resolution, targets=self.relative)
+        single = torch.promote_types(y.dtype, torch.float32)  # a field's energy is beyond what half precision can hold
         with torch.no_grad():
-            modes = model.to_modes(y)
-            energy = y.flatten(1).square().sum(1)
+            y = y.double()  # the rest is a difference of energies, and its root as exact as the loss only if they are twice as exact
+            modes, energy = model.to_modes(y), y.flatten(1).square().sum(1)
             rest = (energy - modes.flatten(1).square().sum(1)).clamp(min=0)
-        return ModeTargets(modes, rest, energy.sqrt())
+        return ModeTargets(modes.to(single), rest.to(single), energy.sqrt().to(single))
 
     def __call__(self, z: Float[Tensor, "B c m"], targets: ModeTargets) -> Float[Tensor, ""]:
+        if z.shape != targets.modes.shape:
+            raise ValueError(
+                f"z has shape {tuple(z.shape)} and the targets {tuple(targets.modes.shape)}; expected the same: prepare these samples' y"
+            )
         squared = (z - targets.modes).flatten(1).square().sum(1) + targets.rest
         # where nothing is left, the root has no slope: a tiny energy keeps it finite
         error = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
@@ -199,6 +206,7 @@ class ModeDataset(Dataset):
     def __init__(self, x: Float[Tensor, "N c n"], y: Float[Tensor, "N c n"], model: OnModes, batch: int = 256) -> None:
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples and y {len(y)}; expected as many: one target an input")
+        check_whole(batch=batch)
         check_fields("x", x, model.resolution)
         loss, rows = ModeLoss(model=model), range(0, len(x), batch)
         with torch.no_grad():
@@ -215,6 +223,7 @@ class ModeDataset(Dataset):
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, ModeTargets]]:
         """One round of batches, drawn anew where a generator is given."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        check_whole(size=size)
         for rows in order.split(size):
             yield self.inputs[rows], self.targets[rows]
 

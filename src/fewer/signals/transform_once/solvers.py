@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fewer.checks import check_not_negative, check_positive, check_whole
+from fewer.signals.transform_once.transforms import at_least_single
 
 Rate = Callable[[Tensor], Tensor]
 
@@ -48,7 +50,7 @@ def navier_stokes(
         noise = torch.randn(n_samples, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
         root = (7**1.5 * (laplace + 49) ** -1.25).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(0.0, dtype=dtype))
         w0 = torch.fft.irfft2(torch.fft.rfft2(noise) * root, s=(n, n)) * n
-    w0 = torch.as_tensor(w0, dtype=dtype)
+    w0 = _started(w0, (n, n), dtype, "w0")
     x = torch.arange(n, dtype=dtype) / n
     phase = 2 * math.pi * (x[:, None] + x)
     forced = torch.fft.rfft2(forcing * (torch.sin(phase) + torch.cos(phase)))
@@ -84,13 +86,21 @@ def burgers(
     if u0 is None:
         noise = torch.randn(n_samples, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
         u0 = torch.fft.irfft(torch.fft.rfft(noise) * 25 / (k**2 + 25), n=n) * math.sqrt(n)
-    u0 = torch.as_tensor(u0, dtype=dtype)
+    u0 = _started(u0, (n,), dtype, "u0")
     inside = (k < 2 * math.pi * n / 3).to(dtype)
 
     def rate(u: Tensor) -> Tensor:
         return -0.5j * k * inside * torch.fft.rfft(torch.fft.irfft(u, n=n) ** 2)
 
     return u0, torch.fft.irfft(_march(torch.fft.rfft(u0), rate, viscosity * k**2, T, dt), n=n)
+
+
+def _started(fields: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+    """Initial fields, ValueError unless they are of this resolution."""
+    fields = torch.as_tensor(fields, dtype=dtype)
+    if fields.ndim != len(shape) + 1 or tuple(fields.shape[1:]) != shape:
+        raise ValueError(f"{name} has shape {tuple(fields.shape)}; expected [N, {', '.join(map(str, shape))}]: give its own resolution")
+    return fields
 
 
 def _march(state: Tensor, rate: Rate, decay: Tensor, T: float, dt: float) -> Tensor:
@@ -114,16 +124,18 @@ def spectral_resize(x: Float[Tensor, "... n"], n: int | Sequence[int]) -> Float[
         >>> torch.allclose(spectral_resize(x, 8), torch.cos(2 * torch.pi * torch.arange(8) / 8), atol=1e-6)
         True
     """
-    sizes = (n,) if isinstance(n, int) else tuple(n)
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x is {x.dtype}; expected real floating-point fields: resize real and imaginary parts apart")
+    given, sizes = x.dtype, (n,) if isinstance(n, int) else tuple(n)
     for axis, size in zip(range(-len(sizes), 0), sizes, strict=True):
         check_whole(n=size)
         old = x.shape[axis]
         if size == old:
             continue
-        spectrum = torch.fft.rfft(x.movedim(axis, -1))
+        spectrum = torch.fft.rfft(at_least_single(x).movedim(axis, -1))
         small = min(old, size)
         spectrum = spectrum[..., : small // 2 + 1].clone()
         if small % 2 == 0:  # the fastest wave of an even length stands for two
             spectrum[..., -1] *= 0.5 if size > old else 2
         x = (torch.fft.irfft(spectrum, n=size) * (size / old)).movedim(-1, axis)
-    return x
+    return x.to(given)

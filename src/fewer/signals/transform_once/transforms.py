@@ -20,6 +20,7 @@ MATRIX_MOST = 256  # entries of an axis up to which the product with the matrix 
 
 
 @functools.lru_cache(256)
+@torch.inference_mode(False)  # what is kept must serve a backward pass as well, whoever asks first
 def basis_matrix(
     basis: Basis, modes: int, points: int, base: int, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> Float[Tensor, "modes points"]:
@@ -77,7 +78,14 @@ def _checked(x: Tensor, dims: Sequence[int] | int, norm: str) -> Sequence[int]:
 
 def _along(x: Tensor, dim: int, norm: str, by_matrix, by_fft) -> Tensor:
     x = x.movedim(dim, -1)
-    return (by_matrix if x.shape[-1] <= MATRIX_MOST else by_fft)(x, norm).movedim(-1, dim)
+    if x.shape[-1] <= MATRIX_MOST:
+        return by_matrix(x, norm).movedim(-1, dim)
+    return by_fft(at_least_single(x), norm).to(x.dtype).movedim(-1, dim)
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """x in float32 where it is of half precision, which has no FFT."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _backward_scale(n: int, like: Tensor) -> Tensor:
@@ -133,13 +141,14 @@ def truncated_dct(x: Float[Tensor, "... n"], m: Sequence[int] | int, basis: Basi
         basis: "dct", or "fourier" (1, cos, sin, cos, sin, ...).
 
     Raises:
-        ValueError: m_i > n_i or below 1, or numbers that are not real.
+        ValueError: m_i > n_i or below 1, no such basis, or numbers that are not real.
 
     Examples:
         >>> truncated_dct(torch.ones(2, 4), 2)
         tensor([[2., 0.],
                 [2., 0.]])
     """
+    check_choice(BASES, basis=basis)
     sizes = (m,) if isinstance(m, int) else tuple(m)
     check_modes(sizes, tuple(x.shape[x.ndim - len(sizes) :]))
     if not x.dtype.is_floating_point:
