@@ -220,6 +220,14 @@ def test_samples_keep_their_dtype_on_edms_schedule_too(dtype):
 def test_what_cascade_cannot_do_is_refused():
     with pytest.raises(ValueError, match="initial is None"):
         cascade(lambda *_: None, CONFIG, SCALED, enlarge)
+    for initial in (torch.zeros(1, 1, 8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)):
+        with pytest.raises(ValueError, match=r"initial is \(1, .*expected unit noise"):
+            cascade(lambda *_: None, CONFIG, SCALED, enlarge, None, initial)
+    for lift, side in ((enlarge, 12), (lambda z, size: z, 8)):  # a cascade that does not grow
+        with pytest.raises(ValueError, match=r"lift made .* expected as stages\[1\].size \(12, 16\) stands to \(8, 8\)"):
+            cascade(lambda x, *_: x, CONFIG, SCALED, lift, None, torch.zeros(1, 1, side, side))
+    with pytest.raises(ValueError, match="generator is a list of 1 for 2 images"):
+        cascade(lambda *_: None, CONFIG, SCALED, enlarge, [torch.Generator()], torch.zeros(2, 1, 8, 8))
     edm = FreCaSConfig((Stage(8, 4, 1.0), Stage(16, 3, 0)), map_weight=0, stepping="released")
     with pytest.raises(ValueError, match="expected 'exact'"):
         cascade(lambda *_: None, edm, NoiseSchedule.edm(0.02, 80.0), enlarge, None, torch.zeros(1, 1, 8, 8))

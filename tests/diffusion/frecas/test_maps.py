@@ -68,6 +68,10 @@ def test_layers_of_a_grid_are_averaged_before_grids_are_and_halves_stay_apart():
 def test_nothing_collected_is_an_error():
     with pytest.raises(ValueError, match="left no cross-attention maps"):
         MapStore(0.5).settle()
+    with pytest.raises(ValueError, match=r"weight is 2.0; expected a number from 0 to 1"):
+        MapStore(2.0)
+    with pytest.raises(ValueError, match="resize is '3d'; expected one of 2d, released"):
+        MapStore(0.5, "3d")
     with pytest.raises(ValueError, match="no map is stored"):
         MapStore(0.5).at(GRID)
 

@@ -8,6 +8,7 @@ import pickle
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from fewer.diffusion import FreCaSConfig, Stage, matched_start, stage_times
 from fewer.diffusion._shared import NoiseSchedule
 from fewer.diffusion.frecas import cost, matched_flow_time, matched_sigma
-from fewer.diffusion.frecas.schedules import next_times
+from fewer.diffusion.frecas.schedules import next_times, on_betas
 from fewer.diffusion.frecas.stages import PRESETS
 
 LINEAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
@@ -118,6 +119,8 @@ def test_presets_are_the_released_settings():
 def test_settings_travel_as_json_pickle_and_copies():
     config = FreCaSConfig((Stage((8, 12), 4, 100), Stage((16, 20), 3, 0)), low_guidance=3.0, stepping="released")
     assert FreCaSConfig.from_json(config.to_json()) == config == pickle.loads(pickle.dumps(config)) == copy.deepcopy(config)
+    counted = FreCaSConfig(tuple(Stage(np.int64(s.grid[0]), s.steps, np.float32(s.end_time)) for s in TWO))
+    assert FreCaSConfig.from_json(counted.to_json()) == FreCaSConfig(TWO)
     assert config.ratio(1) == 2, "the larger of 2 and 5 / 3"
     for text, message in (("[]", "expected JSON"), ("{", "expected JSON"), ('{"stages": [], "gama": 1}', "gama")):
         with pytest.raises(ValueError, match=message):
@@ -166,6 +169,23 @@ def test_a_plan_that_the_schedule_cannot_do_is_refused_by_name(stages, message):
         stage_times(FreCaSConfig(stages), SCALED)
 
 
+def test_an_end_below_edms_last_level_is_refused():
+    for end in (0.001, 0.015):
+        with pytest.raises(ValueError, match=rf"stages\[0\].end_time is {end}; expected at least 0.02, where the schedule ends"):
+            stage_times(FreCaSConfig((Stage(8, 4, end), Stage(16, 3, 0))), NoiseSchedule.edm(0.02, 80.0))
+
+
+def test_every_prediction_gives_the_same_estimates_to_the_dtypes_precision():
+    clean, eps, t = torch.randn(50).double(), torch.randn(50).double(), 500
+    for dtype in (torch.float64, torch.float32):
+        alpha, sigma = on_betas(SCALED).level(t)
+        x = (alpha * clean + sigma * eps).to(dtype)
+        for prediction, output in (("epsilon", eps), ("sample", clean), ("v_prediction", alpha * eps - sigma * clean)):
+            found = on_betas(SCALED, prediction=prediction).estimates(output.to(dtype), x, t)
+            for one, other in zip(found, (clean, eps), strict=True):
+                torch.testing.assert_close(one.double(), other, atol=50 * torch.finfo(dtype).eps, rtol=0)
+
+
 def test_a_schedule_without_betas_is_refused_and_a_large_ratio_is_warned_of():
     with pytest.raises(ValueError, match="no alphas_cumprod"):
         stage_times(FreCaSConfig(TWO), object())
@@ -174,5 +194,10 @@ def test_a_schedule_without_betas_is_refused_and_a_large_ratio_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FreCaSConfig((Stage(8, 4, 100), Stage(32, 3, 0)))
-    with pytest.raises(ValueError, match="ratio is 0.5"):
-        matched_start(SCALED, 10, 0.5)
+    for matched in (matched_flow_time, matched_sigma, lambda *given: matched_start(SCALED, *given)):
+        with pytest.raises(ValueError, match="ratio is 0.5"):
+            matched(10, 0.5)
+        with pytest.raises(ValueError, match="end is -1"):
+            matched(-1, 2)
+    with pytest.raises(ValueError, match="end is 1000; expected a time below 1000"):
+        matched_start(SCALED, 1000, 2)

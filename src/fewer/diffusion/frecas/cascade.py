@@ -106,6 +106,7 @@ def cascade_calls(
                 maps.settle()
             clean, _ = process.estimates(output, x, t)
             larger = lift(clean.to(dtype), config.stages[stage + 1].grid)
+            check_lifted(config, stage, x, larger)
             noise = drawn(larger.shape, generators[stage + 1]).to(larger.device, at_least_single(dtype))
             x = process.noisy(larger.to(noise), noise, plan[stage + 1][0]).to(dtype)
     return x
@@ -128,11 +129,25 @@ def cascade(
 
     Source: arXiv 2410.18410.
     """
-    if initial is None:
-        raise ValueError("initial is None; expected unit noise [B, C, h, w] of the first stage's size")
+    if initial is None or initial.ndim != 4 or not initial.is_floating_point():
+        given = None if initial is None else f"{tuple(initial.shape)} {initial.dtype}"
+        raise ValueError(f"initial is {given}; expected unit noise [B, C, h, w] of the first stage's size, in floating point: torch.randn")
+    if isinstance(generator, Sequence) and len(generator) != len(initial):
+        raise ValueError(f"generator is a list of {len(generator)} for {len(initial)} images; expected one generator, or one an image")
     maps = MapStore(config.map_weight, config.map_resize) if config.map_weight and len(config.stages) > 1 else None
     calls = cascade_calls(config, schedule, lift, stage_generators(generator, len(config.stages)), initial, maps)
     return follow(calls, lambda call: denoise(call.x, call.time, call.stage, maps))
+
+
+def check_lifted(config: FreCaSConfig, stage: int, x: Tensor, larger: Tensor) -> None:
+    """ValueError where a lift left the plan's sizes: all later calls would be of another size than is told."""
+    before, after = (each.grid for each in config.stages[stage : stage + 2])
+    (h, w), (tall, wide) = x.shape[-2:], larger.shape[-2:]
+    if tall * before[0] != h * after[0] or wide * before[1] != w * after[1]:
+        raise ValueError(
+            f"lift made {tall} x {wide} of {h} x {w}; expected as stages[{stage + 1}].size {after} stands to {before}: begin with noise of "
+            "stages[0].size, and lift to the size that is given"
+        )
 
 
 def follow(calls: Any, answer: Callable[[Call], Tensor]) -> Tensor:

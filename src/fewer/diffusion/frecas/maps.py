@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewer.checks import check_choice, check_share
 from fewer.diffusion._shared.prediction import at_least_single
 
 Grid = tuple[int, int]
@@ -56,6 +57,8 @@ class MapStore:
     """
 
     def __init__(self, weight: float, resize: str = "2d") -> None:
+        check_share(weight=weight)
+        check_choice(("2d", "released"), resize=resize)
         self.weight, self.resize = weight, resize
         self.clear()
 

@@ -39,9 +39,9 @@ def matched_start(alphas_cumprod: Float[Tensor, "T"], end: int, ratio: float, ga
     343
     """
     check_whole(0, end=end)
-    check_not_negative(gamma=gamma)
-    if not ratio >= 1 or end >= len(alphas_cumprod):
-        raise ValueError(f"ratio is {ratio}, end is {end}; expected a ratio of at least 1 and a time below {len(alphas_cumprod)}")
+    check_growth(end, ratio, gamma)
+    if end >= len(alphas_cumprod):
+        raise ValueError(f"end is {end}; expected a time below {len(alphas_cumprod)}, their number")
     levels = alphas_cumprod.to("cpu", torch.float64)
     r, abar = ratio**-gamma, levels[end]
     target = r * abar / (1 + (r - 1) * abar)  # abar / (1 - abar) times r, solved for abar
@@ -50,13 +50,22 @@ def matched_start(alphas_cumprod: Float[Tensor, "T"], end: int, ratio: float, ga
 
 def matched_flow_time(end: float, ratio: float, gamma: float = 1.0) -> int:
     """1000 k e / (1000 + (k - 1) e) rounded down, k = ratio^(gamma / 2): the same in flow matching, where SNR = ((1 - sigma) / sigma)^2."""
+    check_growth(end, ratio, gamma)
     k = ratio ** (gamma / 2)
     return int(FLOW_TIMES * k * end / (FLOW_TIMES + (k - 1) * end))
 
 
 def matched_sigma(end: float, ratio: float, gamma: float = 2.0) -> float:
     """sigma_end ratio^(gamma / 2): the same on EDM's schedule, where SNR = 1 / sigma^2."""
+    check_growth(end, ratio, gamma)
     return end * ratio ** (gamma / 2)
+
+
+def check_growth(end: float, ratio: float, gamma: float) -> None:
+    """ValueError, by name, where no larger image can follow."""
+    check_not_negative(end=end, gamma=gamma)
+    if not ratio >= 1:
+        raise ValueError(f"ratio is {ratio}; expected at least 1: the larger side over the smaller")
 
 
 def even_times(start: float, end: float, steps: int) -> list[float]:
@@ -81,6 +90,7 @@ class Process:
         times: (start, end, steps) -> the times of a stage.
         prediction: "flow", or as diffusers calls it.
         whole: whether times are whole numbers.
+        last: the time of the last call.
     """
 
     first: float
@@ -89,6 +99,7 @@ class Process:
     times: Callable[[float, float, int], list[float]]
     prediction: str
     whole: bool = True
+    last: float = 0.0
 
     def estimates(self, output: Tensor, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """(z0, eps): the predicted clean sample, and the noise."""
@@ -97,7 +108,8 @@ class Process:
             return x - sigma * output, x + alpha * output
         if self.prediction == "sample":
             return output, (x - alpha * output) / sigma
-        eps = to_epsilon(output, x, torch.tensor(alpha), torch.tensor(sigma), self.prediction)
+        wide = torch.float64  # as the levels themselves
+        eps = to_epsilon(output, x, torch.tensor(alpha, dtype=wide), torch.tensor(sigma, dtype=wide), self.prediction)
         return (x - sigma * eps) / alpha, eps
 
     def step(self, output: Tensor, x: Tensor, t: float, to: float) -> Tensor:
@@ -135,7 +147,7 @@ def as_process(schedule: Any) -> Process:
         low, high = schedule.t_min, schedule.t_max
         return Process(
             high, lambda t: (1.0, max(t, 0.0)), lambda *given: min(matched_sigma(*given), high),
-            lambda start, end, steps: karras_levels(start, max(end, low), steps), "sample", whole=False,
+            lambda start, end, steps: karras_levels(start, max(end, low), steps), "sample", whole=False, last=low,
         )  # fmt: skip
     if isinstance(schedule, DiscreteSchedule):
         return on_betas((2 * schedule.log_alphas).exp())
@@ -174,6 +186,8 @@ def stage_times(config: FreCaSConfig, schedule: Any) -> list[list[float]]:
             start = process.start(config.stages[j - 1].end_time, config.ratio(j), config.gamma)
         if process.whole and stage.end_time != int(stage.end_time):
             raise ValueError(f"stages[{j}].end_time is {stage.end_time}; expected a whole training time")
+        if 0 < stage.end_time < process.last:
+            raise ValueError(f"stages[{j}].end_time is {stage.end_time}; expected at least {process.last:g}, where the schedule ends")
         if stage.end_time >= start:
             raise ValueError(f"stages[{j}].end_time is {stage.end_time}; expected a time below {start:g}, where the stage begins")
         if process.whole and stage.steps > start - stage.end_time + 1:

@@ -108,7 +108,7 @@ class FreCaSConfig:
 
     def to_json(self) -> str:
         """All settings as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self), indent=1, default=lambda number: number.item())  # NumPy's
 
     @classmethod
     def from_json(cls, text: str) -> FreCaSConfig:
