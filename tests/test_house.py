@@ -21,18 +21,19 @@ from house import ROOT
 
 SOURCE = ROOT / "src" / "fewer"
 ROOMS = (
-    "papers", "errors", "plain", "quantities", "checks", "files", "inputs", "devices", "fitting", "study", "meters", "data", "tasks",
+    "papers", "advice", "errors", "plain", "quantities", "checks", "files", "inputs", "devices", "fitting", "study", "meters", "data", "tasks", "advise",
     "report", "scaffold", "doctor", "cli",
 )  # fmt: skip
 AREAS = tuple(folder.name for folder in SOURCE.iterdir() if folder.is_dir() and folder.name not in ROOMS and folder.name != "__pycache__")
 FILES = sorted(file for file in SOURCE.rglob("*.py"))
 
-LIGHT = {"errors", "plain", "quantities", "papers", "checks", "files", "inputs", "devices"}  # rooms of a file each, for everybody
+LIGHT = {"errors", "plain", "quantities", "papers", "advice", "checks", "files", "inputs", "devices"}  # rooms of a file each, for everybody
 ALLOWED = {  # a room -> the rooms that it may import, besides itself
     "errors": set(),
     "plain": set(),
     "quantities": set(),
-    "papers": {"errors", "plain"},
+    "advice": set(),
+    "papers": {"errors", "plain", "advice"},
     "checks": {"papers"},
     "files": set(),
     "inputs": set(),
@@ -42,7 +43,8 @@ ALLOWED = {  # a room -> the rooms that it may import, besides itself
     "data": LIGHT,
     "tasks": {*LIGHT, "data", "meters", "fitting"},
     "study": {*LIGHT, "meters"},
-    "report": {*LIGHT, "study", "meters", "doctor"},
+    "advise": {*LIGHT, "study", "meters", "data", "tasks"},
+    "report": {*LIGHT, "study", "meters", "doctor", "advise"},
     "scaffold": LIGHT,
     "doctor": {*LIGHT, "study", "meters", "data"},
     "cli": set(ROOMS),

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
-from fewer.advise.card import Advice
+from fewer.advice import Advice
 from fewer.errors import UserError
 from fewer.plain import plain, plain_all
 
@@ -230,6 +230,14 @@ def own_folders() -> Iterator[tuple[Path, str]]:
         yield file, "fewer." + ".".join(file.parent.relative_to(house).parts)
 
 
+@cache
+def house_studies() -> tuple[Card, ...]:
+    """The studies of the house that are about no method: they run and are recorded like the others, and stand in no list of methods."""
+    house = Path(__file__).parent
+    files = sorted(house.glob("*/*/study.toml"))
+    return tuple(read_card(file, "fewer." + ".".join(file.parent.relative_to(house).parts)) for file in files)
+
+
 def outside_card(entry: EntryPoint) -> Card:
     """The card of a method that an installed package adds by the entry point group `fewer.papers`; UserError where it adds none."""
     try:
@@ -276,10 +284,10 @@ def find(slug: str) -> Card:
     >>> find("backprop-free-mlps").saves[0]
     'backward passes'
     """
-    by_slug = {card.slug: card for card in cards()}
+    by_slug = {card.slug: card for card in (*cards(), *house_studies())}
     if slug in by_slug:
         return by_slug[slug]
-    raise UserError(f"there is no method {slug!r}{did_you_mean(slug, by_slug)}; `fewer list` shows all {len(by_slug)}")
+    raise UserError(f"there is no method {slug!r}{did_you_mean(slug, by_slug)}; `fewer list` shows all {len(cards())}")
 
 
 def did_you_mean(word: str, known: Any) -> str:

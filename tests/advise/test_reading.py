@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from fewer import papers
-from fewer.advise.card import COSTS_OF, Advice
+from fewer.advice import COSTS_OF, Advice
 from fewer.advise.reading import Incomparable, check_figures, points
 from fewer.study.figures import Figure
 from fewer.study.recording import Record

@@ -17,7 +17,7 @@ from fewer.advise.trying import Tried, Until, attempt, candidates, in_order
 from fewer.errors import UserError
 from fewer.papers import Card
 from fewer.quantities import show
-from fewer.study.engines import LocalEngine
+from fewer.study.engines import Engine, LocalEngine
 from fewer.study.runner import Observer
 from fewer.study.store import Store
 
@@ -37,6 +37,7 @@ class Question:
         beside: "text" and "data" -> the user's files.
         combine: whether the best are put together, too.
         seeds: of each study; its own number where it is None.
+        first_seed: the first of them.
     """
 
     saves: list[str] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Question:
     beside: dict[str, str] = field(default_factory=dict)
     combine: bool = False
     seeds: int | None = None
+    first_seed: int = 0
 
 
 def check_memory(thing: Thing) -> None:
@@ -67,23 +69,28 @@ def advise(
     *,
     device: str = "cpu",
     began: float | None = None,
+    engine: Engine | None = None,
 ) -> Answer:
     """Try what applies to a thing within the time, and say what pays. What the store holds is not run again.
 
     Args:
         store: the SQLite file; it is made where it is not there.
+        engine: where trials run; fresh processes of this machine by default.
         began: by `time.monotonic`, from when the time counts; now by default.
     """
     until = (time.monotonic() if began is None else began) + question.seconds
+    trials = engine or LocalEngine()
     found, left_out = candidates(thing, cards, beside=question.beside, only=question.only)
     ordered = in_order(found, lambda each: gain(each.recorded, each.card, each.advice, question.saves, question.keep))
     with Store(store, write=True) as opened:
         singly = until - (FOR_TWO * question.seconds if question.combine else 0.0)
-        tried = attempt(ordered, opened, Until(LocalEngine(), singly), observer, device=device, seeds=question.seeds)
+        tried = attempt(
+            ordered, opened, Until(trials, singly), observer, device=device, seeds=question.seeds, first_seed=question.first_seed
+        )
         said = _answer(thing, question, tried, opened, left_out)
         if not question.combine:
             return said
-        together = combine(thing, said, tried, opened, Until(LocalEngine(), until), observer, beside=question.beside, device=device)
+        together = combine(thing, said, tried, opened, Until(trials, until), observer, beside=question.beside, device=device)
         return msgspec.structs.replace(said, combined=together)
 
 

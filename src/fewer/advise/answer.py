@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from fewer.advise.card import COSTS_OF, Advice
+from fewer.advice import COSTS_OF, Advice
 from fewer.advise.reading import Point, points
 from fewer.advise.things import Thing
 from fewer.advise.trying import Tried

@@ -23,7 +23,7 @@ from fewer.advise.things import Thing
 from fewer.advise.trying import Candidate, Tried, Until
 from fewer.errors import UserError, WorkFailed
 from fewer.study.results import Row
-from fewer.study.runner import Observer, plan, run
+from fewer.study.runner import Observer, plan, run_trials
 from fewer.study.store import Store
 from fewer.study.trial import load_study
 
@@ -138,9 +138,9 @@ def _judged(last: _Step, names: tuple[str, ...], path: str, store: Store, engine
     arms = [candidate.advice.as_it_is, candidate.advice.method]
     whole = plan(study, candidate.module, given=given, arms=arms, seeds=seeds, device=device, jobs=1, store=store)
     if len(store.finished(whole.specs)) < len(whole.specs):
-        outcome = run(whole, store, engine, observer)
-        if outcome.failed:
-            raise WorkFailed("; ".join(each.splitlines()[-1] for each in outcome.failed.values()))
+        failed = run_trials(whole, store, engine, observer)
+        if failed:
+            raise WorkFailed("; ".join(each.splitlines()[-1] for each in failed.values()))
     named = {arms[0]: f" {REST} ".join(names) or AS_IT_IS, arms[1]: f" {REST} ".join([*names, candidate.slug])}
     return [row._replace(arm=named[row.arm]) for row in store.rows(whole.specs)]
 

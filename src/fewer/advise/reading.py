@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from fewer.advise.card import COSTS, Advice
+from fewer.advice import COSTS, Advice
 from fewer.study.figures import Figure
 from fewer.study.results import Row
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from fewer.advise.card import Advice
+from fewer.advice import Advice
 from fewer.advise.reading import Incomparable, Point, check_figures, points
 from fewer.advise.things import Thing
 from fewer.errors import UserError, WorkFailed
@@ -20,7 +20,7 @@ from fewer.quantities import show
 from fewer.study.declaration import Study
 from fewer.study.engines import Engine, Events
 from fewer.study.recording import Record
-from fewer.study.runner import Observer, Plan, plan, run
+from fewer.study.runner import Observer, Plan, plan, run_trials
 from fewer.study.store import Store
 from fewer.study.trial import FinishedEvent, TrialSpec, load_study
 
@@ -168,7 +168,14 @@ class Until:
 
 
 def attempt(
-    ordered: Sequence[Candidate], store: Store, engine: Until, observer: Observer, *, device: str = "cpu", seeds: int | None = None
+    ordered: Sequence[Candidate],
+    store: Store,
+    engine: Until,
+    observer: Observer,
+    *,
+    device: str = "cpu",
+    seeds: int | None = None,
+    first_seed: int = 0,
 ) -> Tried:
     """Try the candidates in their order with a first seed, then all with a second, until all are done or the time is up.
 
@@ -177,9 +184,10 @@ def attempt(
     tried = Tried()
     studies = dict(_studies(ordered, tried))
     most = max((seeds or study.seeds for study in studies.values()), default=0)
-    for seed in range(most):
+    for round in range(most):
+        seed = first_seed + round
         for each in ordered:
-            if each.slug in tried.refused or each.slug not in studies or seed >= (seeds or studies[each.slug].seeds):
+            if each.slug in tried.refused or each.slug not in studies or round >= (seeds or studies[each.slug].seeds):
                 continue
             study = studies[each.slug]
             try:
@@ -192,20 +200,20 @@ def attempt(
             part = dataclasses.replace(whole, specs=tuple(specs))
             tried.plans[each.slug] = (each, study, whole)
             if len(store.finished(specs)) < len(specs):
-                _try(each, part, store, engine, observer, tried)
+                _try(each, part, store, engine, observer, tried, first=round == 0)
     return tried
 
 
-def _try(each: Candidate, part: Plan, store: Store, engine: Until, observer: Observer, tried: Tried) -> None:
+def _try(each: Candidate, part: Plan, store: Store, engine: Until, observer: Observer, tried: Tried, *, first: bool) -> None:
     """Run what is missing of one seed, as far as it fits into the time that is left."""
-    seed, specs = part.specs[0].seed, part.specs
+    specs = part.specs
     engine.recorded[each.slug] = each.seconds / len(each.arms)
     engine.learn(store, specs)
     why = ""
     missing = [spec for spec in specs if spec.key not in store.finished(specs)]
     if engine.left >= engine.expected(missing[0]):
         try:
-            failed = list(run(part, store, engine, observer).failed.values())
+            failed = list(run_trials(part, store, engine, observer).values())
         except UserError as refusal:
             tried.refused[each.slug] = str(refusal)
             return
@@ -217,7 +225,7 @@ def _try(each: Candidate, part: Plan, store: Store, engine: Until, observer: Obs
             return
         why = "was stopped when the time was up" if failed else ""
     lacking = [spec for spec in specs if spec.key not in store.finished(specs)]
-    if seed == 0 and lacking:
+    if first and lacking:
         expected = f"`{lacking[0].arm}` is expected to take {show(engine.expected(lacking[0]), 's')}, and {show(max(0.0, engine.left), 's')} were left"
         tried.unfitting[each.slug] = f"{why or expected}; a larger --budget goes on from there"
 

@@ -69,6 +69,16 @@ class LocalEngine:
                 process.stop()
 
 
+class InThisProcess:
+    """Each trial in this process, one after the other: for what runs within a trial already. A time limit is not kept."""
+
+    def run(self, specs: Sequence[TrialSpec], *, time_limit: float, answer: Answer | None = None) -> Events:
+        for spec in specs:
+            events: list[AnyEvent] = []
+            run_trial(spec, events.append)
+            yield from ((spec, event) for event in events)
+
+
 class _Process:
     """A worker process and the parent's end of its pipe."""
 

@@ -113,17 +113,20 @@ def run(plan: Plan, store: Store, engine: Engine, observer: Observer | None = No
 
     A trial that fails is recorded as such and the rest goes on. On KeyboardInterrupt the trials in flight are taken out and the rest is kept.
     """
-    observer = observer or Observer()
     if fresh:
         store.forget_trials(plan.specs)
+    return gather(plan, store, run_trials(plan, store, engine, observer or Observer()))
+
+
+def run_trials(plan: Plan, store: Store, engine: Engine, observer: Observer) -> dict[str, str]:
+    """Do the trials that the store does not hold yet; what went wrong, by trial. No claim is judged."""
     have = store.finished(plan.specs)
     missing = [spec for spec in plan.specs if spec.key not in have]
     observer.planned(plan, missing)
-    failed: dict[str, str] = {}
-    if missing:
-        prepare(plan, engine, observer)
-        failed = _run_missing(plan, missing, store, engine, observer)
-    return gather(plan, store, failed)
+    if not missing:
+        return {}
+    prepare(plan, engine, observer)
+    return _run_missing(plan, missing, store, engine, observer)
 
 
 def _run_missing(plan: Plan, missing: Sequence[TrialSpec], store: Store, engine: Engine, observer: Observer) -> dict[str, str]:

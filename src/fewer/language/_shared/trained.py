@@ -26,28 +26,30 @@ class Trained:
 
     Attributes:
         about: which model it is, and how well it predicts.
+        dense: a pruned model is refused.
     """
 
     folder: Path
     train: Tensor
     validation: Tensor
     about: str
+    dense: bool = True
 
     def model(self, device: str) -> Any:
-        """The dense model in float32 and eval mode."""
-        return load_directory(self.folder, "float32", dense=True)[0].to(device)
+        """The model in float32 and eval mode."""
+        return load_directory(self.folder, "float32", dense=self.dense)[0].to(device)
 
 
-def trained(model: str, text: str, data: str, *, window: int) -> Trained:
+def trained(model: str, text: str, data: str, *, window: int, dense: bool = True) -> Trained:
     """The small language model (trained once, cached) and Python, or a user's directory, text or pairs in place of them.
 
     Raises:
-        ValueError: no such directory, a model that is pruned or cut already, a part of the text of less than one window.
+        ValueError: no such directory, a model that is pruned or cut already where it is to be dense, a part of the text of less than one window.
     """
     corpus = corpus_of_pairs(data) if data else corpus_of([text] if text else [])
     if model:
-        tokenizer = load_directory(model, dense=True)[1]
-        found = Trained(Path(model), token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.validation), model)
+        tokenizer = load_directory(model, dense=dense)[1]
+        found = Trained(Path(model), token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.validation), model, dense)
     else:
         lm = open_lm(fetch_small_lm(text=[text] if text else []), corpus)
         about = f"{lm.key}, trained to a validation loss of {lm.about['validation_loss']:.3f}"

@@ -89,7 +89,7 @@ class Task:
 
 
 @study.task
-def task(scale: Scale, model: str, text: str, data: str, held_out: int, multiple_of: int) -> Task:
+def task(scale: Scale, model: str, text: str, data: str, held_out: int = 0, multiple_of: int = 16) -> Task:
     given = trained(model, text, data, window=WINDOW)
     return Task(given, given.validation[: held_out or HELD_OUT[scale]], scale, multiple_of)
 

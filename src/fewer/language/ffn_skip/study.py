@@ -88,7 +88,7 @@ class Task:
 
 @study.task
 def task(scale: Scale, model: str, text: str, data: str) -> Task:
-    given = trained(model, text, data, window=WINDOW)
+    given = trained(model, text, data, window=WINDOW, dense=False)
     loaded = given.model("cpu")
     calibrate(loaded, given.train[None, :2], tokens=1, steps=0)  # a model that cannot be calibrated is told before anything is run
     return Task(given, loaded, given.validation, scale)

@@ -44,7 +44,7 @@ class ModelAndText:
 
     def model(self, device: str = "cpu") -> Any:
         """In float32 and eval mode."""
-        return load_directory(self.folder, "float32", dense=True)[0].to(device)
+        return load_directory(self.folder, "float32")[0].to(device)
 
     def windows(self, seed: int, count: int = 1) -> list[dict[str, Tensor]]:
         """Windows drawn by the seed, each a batch of one, with labels."""
@@ -59,7 +59,7 @@ def model_and_text(model: str = "", text: str | Sequence[str] = "", data: str = 
         ValueError, FileNotFoundError: no such directory or file, or a text of less than a window.
     """
     folder = Path(model) if model else fetch_smollm2()
-    tokenizer = load_directory(folder, dense=True)[1] if model else load_tokenizer(folder)
+    tokenizer = load_directory(folder)[1] if model else load_tokenizer(folder)
     if data:
         documents = [("", prompt + completion) for prompt, completion in read_pairs(data)]
     else:
