@@ -173,6 +173,9 @@ def test_frames_are_chosen_and_state_dicts_carry_the_masks(archive):
     with torch.no_grad():
         assert other.recorded == 3
         assert torch.equal(other(torch.tensor([0.5]), 1), archive.net(torch.tensor([0.5]), 1))
+        times = torch.tensor([0, 1])  # whole ones, and finer ones, are times as well
+        assert torch.equal(other(times, 1), other(times.float(), 1))
+        assert torch.allclose(other(times.double(), 1), other(times.float(), 1), atol=1e-3)
     double = copy.deepcopy(archive)
     double.net.double()
     assert (double.decode("clip 1").int() - whole.int()).abs().max() <= 1
@@ -240,6 +243,28 @@ def test_a_shape_that_is_none_is_named(changes, message):
         PFNRConfig(**(CONFIG.__dict__ | changes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_decodes_but_is_not_trained(archive, dtype):
+    whole = archive.decode("clip 1")
+    archive.net.to(dtype)
+    assert (archive.decode("clip 1").int() - whole.int()).abs().max() <= 255 * 5 * torch.finfo(dtype).eps
+    fresh = VideoArchive(CONFIG)
+    fresh.net.to(dtype)
+    with pytest.raises(ValueError, match=f"the network is {dtype}, too coarse to train; expected float32 or float64"):
+        fresh.add(video(0), "a")
+
+
+def test_a_generator_of_its_own_draws_everything():
+    before = torch.get_rng_state()
+    archive = VideoArchive(CONFIG, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        archive.add(video(0), "a", epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = VideoArchive(CONFIG, torch.Generator().manual_seed(0))
+    other.add(video(0), "a", epochs=1)
+    assert torch.equal(other.decode("a"), archive.decode("a"))
+
+
 def test_what_cannot_be_added_or_decoded_is_named(archive, tmp_path):
     fresh = VideoArchive(CONFIG)
     for frames, name, options, message in (
@@ -275,6 +300,10 @@ def test_what_cannot_be_added_or_decoded_is_named(archive, tmp_path):
             archive.net(torch.zeros(1), session)
     with pytest.raises(ValueError, match="session is 0; expected one of the 0 that are recorded"):
         fresh.net.masks(0)
+    with pytest.raises(ValueError, match="session is 0.5; expected one of the 3 that are recorded"):
+        archive.net.masks(0.5)
+    with pytest.raises(ValueError, match="3 sessions are recorded; expected no more than max_sessions"):
+        archive.net.record(archive.net.current_masks())
     for bits in (1, 17, 7.5, True):
         with pytest.raises(ValueError, match="bits is .*; expected a whole number from 2 to 16"):
             archive.save(tmp_path / "archive", bits=bits)

@@ -45,6 +45,18 @@ def test_ssim_equals_a_loop_over_windows():
         ssim(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))
 
 
+def test_frames_that_do_not_fit_are_refused():
+    a = torch.zeros(2, 3, 12, 12)
+    for compare in (psnr, ssim, ssim_loss, mse_loss):
+        for b in (a[:1], a[..., :11], a[0], a[:0]):
+            with pytest.raises(ValueError, match=r"frames are \[2, 3, 12, 12\] and \[.*\]; expected twice the same"):
+                compare(a, b)
+        with pytest.raises(ValueError, match=r"frames are torch.int64; expected uint8, or floats in \[0, 1\]"):
+            compare(a, a.long())
+    with pytest.raises(ValueError, match="T >= 1"):
+        psnr(a[:0], a[:0])
+
+
 def test_losses_are_the_weighted_sums_that_they_say():
     a, b = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12, 12)
     l1 = (a - b).abs().mean()

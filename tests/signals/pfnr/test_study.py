@@ -64,6 +64,7 @@ def test_frames_are_cut_in_the_middle_and_averaged():
     middle = frames[..., 12:20].float()
     assert found[0, 0, 0, 0] == round(float(middle[0, 0, :2, :2].mean()))
     assert torch.equal(resized(frames, 8, 32), frames)
+    assert resized(frames[..., :1, :], 144, 16).shape == (1, 3, 144, 16)
 
 
 @pytest.mark.parametrize(

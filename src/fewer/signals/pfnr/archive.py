@@ -135,7 +135,7 @@ class VideoArchive:
             on_epoch: called with the PSNR after each epoch.
 
         Raises:
-            ValueError: frames of another size or type, a name that is taken, or no session left.
+            ValueError: frames of another size or type, a name that is taken, no session left, or a network in half precision.
             FloatingPointError: the loss became infinite or NaN. The archive is as it was before, as with any other exception.
         """
         self._check_new(frames, name)
@@ -183,7 +183,7 @@ class VideoArchive:
                 if not is_whole(each) or not -count <= each < count:
                     raise ValueError(f"frame {each!r} of {name} is asked for; expected whole numbers from 0 to {count - 1}")
         weights = self.net.effective(self.net.masks(session))
-        dtype, device = next(self.net.parameters()).dtype, self.net.packed_masks.device
+        dtype, device = torch.promote_types(next(self.net.parameters()).dtype, torch.float32), self.net.packed_masks.device
         out = torch.empty(len(wanted), 3, self.config.height, self.config.width, dtype=torch.uint8)
         for row, number in zip(out, wanted, strict=True):
             t = torch.tensor([number % count], dtype=dtype, device=device) / count
@@ -198,7 +198,7 @@ class VideoArchive:
 
         Args:
             path: the file (safetensors).
-            bits: of a weight, 2 to 16; None keeps float32, so that frames decode bit for bit as now.
+            bits: of a weight, 2 to 16; None keeps float32, so that frames of a network in float32 decode bit for bit as now.
             overwrite: whether an archive that stands there may be replaced.
 
         Returns:
@@ -240,6 +240,8 @@ class VideoArchive:
             raise ValueError("frames has T = 0; expected at least one frame")
         if not isinstance(name, str) or not name or name in self.names:
             raise ValueError(f"name is {name!r}; expected one that the archive has not yet ({', '.join(self.names) or 'it is empty'})")
+        if (dtype := next(self.net.parameters()).dtype) not in (torch.float32, torch.float64):
+            raise ValueError(f"the network is {dtype}, too coarse to train; expected float32 or float64: archive.net.float()")
         if len(self.names) >= self.config.max_sessions:
             raise ValueError(
                 f"the archive holds its {self.config.max_sessions} videos; expected no more, as max_sessions is part of the embedding: "

@@ -48,6 +48,7 @@ class Fitted(NamedTuple):
     epoch: int
 
 
+@torch.enable_grad()
 def fit(
     net: PFNR,
     videos: Mapping[int, Tensor],

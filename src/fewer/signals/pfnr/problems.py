@@ -30,7 +30,7 @@ LARGE = PFNRConfig(360, 640, max_sessions=4, grid=(9, 16), grid_channels=56, str
 def resized(frames: Tensor, height: int, width: int) -> Tensor:
     """uint8 [T, 3, H, W] cut to the largest centred part of that shape, and resampled by areas."""
     rows, columns = frames.shape[-2:]
-    tall, wide = min(rows, columns * height // width), min(columns, rows * width // height)
+    tall, wide = min(rows, max(1, columns * height // width)), min(columns, max(1, rows * width // height))
     top, left = (rows - tall) // 2, (columns - wide) // 2
     part = frames[..., top : top + tall, left : left + wide].float()
     return F.interpolate(part, (height, width), mode="area").round().to(torch.uint8)

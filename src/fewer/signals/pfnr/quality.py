@@ -14,14 +14,21 @@ WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 
 
-def _frames(frames: Tensor) -> Tensor:
-    """uint8 0..255 as floats in [0, 1]; floats as they are."""
-    return frames.float() / 255 if frames.dtype == torch.uint8 else frames
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames that can be compared: uint8 0..255 as floats in [0, 1], floats as they are; ValueError where one fits not the other."""
+    if a.shape != b.shape or a.ndim != 4 or not len(a):
+        raise ValueError(f"frames are {list(a.shape)} and {list(b.shape)}; expected twice the same [T, C, H, W], T >= 1")
+    for each in (a, b):
+        if each.dtype != torch.uint8 and not each.is_floating_point():
+            raise ValueError(f"frames are {each.dtype}; expected uint8, or floats in [0, 1]: convert them first")
+    first, second = (each.float() / 255 if each.dtype == torch.uint8 else each for each in (a, b))
+    return first, second
 
 
 def frame_psnr(a: Tensor, b: Tensor) -> Float[Tensor, " T"]:
     """10 log10(1 / mean squared error) of each frame [T, 3, H, W], in dB."""
-    return -10 * (_frames(a) - _frames(b)).square().mean(dim=(1, 2, 3)).log10()
+    a, b = _pair(a, b)
+    return -10 * (a - b).square().mean(dim=(1, 2, 3)).log10()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -29,6 +36,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
     Args:
         a, b: [T, 3, H, W], uint8 or floats in [0, 1].
+
+    Raises:
+        ValueError: the shapes differ, there is no frame, or frames are of another type.
 
     >>> round(psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.1)), 4)
     20.0
@@ -51,12 +61,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         a, b: [T, C, H, W], uint8 or floats in [0, 1], H and W at least 11.
 
     Raises:
-        ValueError: the frames are smaller than a window.
+        ValueError: the frames are smaller than a window, or do not fit, as for `psnr`.
 
     >>> float(ssim(torch.ones(1, 3, 12, 12), torch.ones(1, 3, 12, 12)))
     1.0
     """
-    a, b = _frames(a), _frames(b)
+    a, b = _pair(a, b)
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(
             f"frames are {a.shape[-2]} x {a.shape[-1]}; expected at least {WINDOW} x {WINDOW}, a window of SSIM: use loss='mse'"
@@ -70,13 +80,13 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def ssim_loss(found: Tensor, true: Tensor) -> Tensor:
     """The paper's: 0.7 L1 + 0.3 (1 - SSIM)."""
-    found, true = _frames(found), _frames(true)
+    found, true = _pair(found, true)
     return 0.7 * F.l1_loss(found, true) + 0.3 * (1 - ssim(found, true))
 
 
 def mse_loss(found: Tensor, true: Tensor) -> Tensor:
     """For frames so small that a window of SSIM says little: 0.7 L1 + 3 MSE (ours)."""
-    found, true = _frames(found), _frames(true)
+    found, true = _pair(found, true)
     return 0.7 * F.l1_loss(found, true) + 3 * F.mse_loss(found, true)
 
 

@@ -150,7 +150,8 @@ def a_network_each(work: Work, trial: Trial, config: PFNRConfig) -> None:
         nets.append((net, [clip]))
         decoded.append(rendered_now(net, clip, 0))
         trial.progress(number + 1, len(work.clips), "a network each")
-    tell(work, trial, decoded, decoded, weigh_all(work, trial, nets), time.perf_counter() - start)
+    seconds = time.perf_counter() - start  # files are no part of encoding
+    tell(work, trial, decoded, decoded, weigh_all(work, trial, nets), seconds)
 
 
 def finish(work: Work, trial: Trial, net: PFNR, right_after: list[Tensor], seconds: float) -> None:

@@ -189,7 +189,7 @@ class PFNR(nn.Module):
         self.layers = nn.ModuleList(stem + blocks)
         self.heads = nn.ModuleList()
         for _ in range(config.max_sessions):
-            head = nn.Conv2d(channels[-1], 3, 1, bias=False)
+            head: Any = nn.utils.skip_init(nn.Conv2d, channels[-1], 3, 1, bias=False)  # the generator alone draws
             nn.init.kaiming_uniform_(head.weight, a=math.sqrt(5), generator=generator)
             self.heads.append(head)
         packed = (self.masked_weights() + 7) // 8
@@ -242,8 +242,9 @@ class PFNR(nn.Module):
     def render(self, t: Float[Tensor, " B"], session: int, weights: Sequence[Sequence[Tensor]]) -> Float[Tensor, "B 3 H W"]:
         """The frames by given weights, as `effective` makes them."""
         config, layers = self.config, [layer for _, layer in self.subnetworks()]
+        t = t.to(torch.promote_types(t.dtype, torch.float32))  # the fastest sine turns thousands of times, which no half precision follows
         video = torch.full_like(t, (session + 1) / (config.max_sessions + 1))
-        x = torch.cat([embedding(t, *config.frequencies), embedding(video, *config.frequencies)], dim=1)
+        x = torch.cat([embedding(t, *config.frequencies), embedding(video, *config.frequencies)], dim=1).to(weights[0][0].dtype)
         x = F.relu(layers[0].run(x, weights[0]))
         x = F.relu(layers[1].run(x, weights[1])).view(len(t), config.grid_channels, *config.grid)
         for layer, each in zip(layers[2:], weights[2:], strict=True):
@@ -256,14 +257,16 @@ class PFNR(nn.Module):
 
     def masks(self, session: int) -> dict[str, Tensor]:
         """The masks of a recorded video, bool, by the name of their weights."""
-        if not 0 <= session < self.recorded:
-            raise ValueError(f"session is {session}; expected one of the {self.recorded} that are recorded: add its video first")
+        if not is_whole(session) or not 0 <= session < self.recorded:
+            raise ValueError(f"session is {session!r}; expected one of the {self.recorded} that are recorded: add its video first")
         bits = _unpacked(self.packed_masks[session], self.masked_weights())
         sizes = [weight.numel() for weight in self.weights().values()]
         return {name: part.view_as(weight) for (name, weight), part in zip(self.weights().items(), bits.split(sizes), strict=True)}
 
     def record(self, masks: dict[str, Tensor]) -> None:
-        """Keep these masks as those of the next video."""
+        """Keep these masks as those of the next video; ValueError where all that were planned for are there."""
+        if self.recorded == self.config.max_sessions:
+            raise ValueError(f"{self.recorded} sessions are recorded; expected no more than max_sessions: make a network with a larger one")
         self.packed_masks[self.recorded] = _packed(torch.cat([masks[name].flatten() for name in self.weights()]))
         self._recorded += 1
 
