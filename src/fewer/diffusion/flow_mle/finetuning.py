@@ -285,7 +285,7 @@ def finetune(
     report |= {"base_parameters": sum(each.numel() for each in base.parameters())}
     if isinstance(average.model, ContractingResidual):
         paths = (noise_for(x1[:64], None, 1.0, draw), 4, None if cond is None else cond[:64])
-        report |= {"gate": float(average.model.gate), "certified_rate": average.model.certified_rate}
+        report |= {"gate": float(average.model.gate.detach()), "certified_rate": average.model.certified_rate}
         # the certificate is the residual's alone: whether the sum contracts, the base's own log-norm decides
         report |= {
             "largest_log_norm_of_base": float(along_paths(base, *paths).max()),
