@@ -30,7 +30,7 @@ class Question:
     """What is asked.
 
     Attributes:
-        saves: words of `papers.Saves`; without any, each method counts by what it saves most of.
+        saves: words of `papers.Saves`; without any, each method counts by all that its card says it saves.
         keep: the share of the quality that may be lost.
         seconds: how long it may take.
         only: slugs; all where there are none.

@@ -28,6 +28,7 @@ class Line(msgspec.Struct, frozen=True):
         replaced: it is what a method replaces, and no method.
         left: of the costs that matter, a ratio; the lower, the better.
         keeps: the quality lost is at most what may be, in every seed.
+        whole: all costs are measured that are measured of any line of the same method; others are neither picked nor on the front.
         front: no other line of the group loses less at as little cost.
         command: that applies it for good.
     """
@@ -39,6 +40,7 @@ class Line(msgspec.Struct, frozen=True):
     point: Point
     left: float
     keeps: bool
+    whole: bool = True
     front: bool = False
     command: str = ""
 
@@ -122,12 +124,10 @@ def _line(
 
 
 def left_of(point: Point, card: Card, saves: Sequence[str]) -> float:
-    """What is left of what is to be saved: a product over the words that were asked for; without any, the least of what the card saves."""
+    """What is left of what is to be saved: the geometric mean over the words that were asked for, or over all that the card says it saves."""
     left = {word: _least(point, COSTS_OF.get(word, ())) for word in (saves or card.saves)}
     known = [value for value in left.values() if value is not None]
-    if saves:
-        return math.prod(known) if known else 1.0
-    return min(known, default=1.0)
+    return math.prod(known) ** (1 / len(known)) if known else 1.0
 
 
 def _least(point: Point, costs: Sequence[str]) -> float | None:
@@ -141,12 +141,16 @@ def gain(recorded: Sequence[Point], card: Card, advice: Advice, saves: Sequence[
 
 
 def pays(line: Line) -> bool:
-    """It keeps the quality and saves something, and is a method."""
-    return line.keeps and line.left < 1 and not line.replaced
+    """It is a method, keeps the quality and saves something, and nothing of that is unknown."""
+    return line.keeps and line.whole and line.left < 1 and not line.replaced
 
 
 def _sorted(lines: Sequence[Line]) -> list[Line]:
     """What keeps the quality first, by what is left; then the others, by what they lose."""
+    measured: dict[str, set[str]] = {}
+    for line in lines:
+        measured.setdefault(line.slug, set()).update(line.point.costs)
+    lines = [msgspec.structs.replace(line, whole=set(line.point.costs) == measured[line.slug]) for line in lines]
     fronted = [msgspec.structs.replace(line, front=_in_front(line, lines)) for line in lines]
 
     def key(line: Line) -> tuple[bool, float]:
@@ -157,10 +161,10 @@ def _sorted(lines: Sequence[Line]) -> list[Line]:
 
 def _in_front(line: Line, others: Sequence[Line]) -> bool:
     """No other line, nor the thing as it is, is at least as good in both and better in one."""
-    if line.point.lost is None:
+    if line.point.lost is None or not line.whole:
         return False
     mine = (line.point.lost.mean, line.left)
-    rivals = [(0.0, 1.0), *((other.point.lost.mean, other.left) for other in others if other.point.lost is not None)]
+    rivals = [(0.0, 1.0), *((other.point.lost.mean, other.left) for other in others if other.point.lost is not None and other.whole)]
     return not any(lost <= mine[0] and left <= mine[1] and (lost, left) != mine for lost, left in rivals)
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fewer.advise.combining import Combined
     from fewer.advise.reading import Spread
 
+SHORT = {"cpu_seconds": "cpu", "seconds": "time", "peak_memory": "memory", "parameters": "params", "flops": "ops"}
+FIRST = 26  # characters of a table's first column, also where the terminal is narrow
+LEGEND = "costs as ratios to the thing as it is, measured here; ✓ loses at most {keep} with every seed; ● on the Pareto front"
 OURS = '<meta name="generator" content="fewer advise">'
 
 
@@ -34,11 +37,9 @@ def view(answer: Answer) -> RenderableType:
     ):
         if reasons:
             parts += [Text(f"{title}:", style="bold"), *(Text(f"  {slug}: {why}", style="dim") for slug, why in reasons.items())]
-    parts += [Text(), *(_table(group, answer.keep) for group in answer.groups)]
+    parts += [Text(), *(_table(group) for group in answer.groups)]
     if answer.groups:
-        parts.append(
-            Text("● on the Pareto front; ratios are to the thing as it is, measured here; lowest to highest of seeds", style="dim")
-        )
+        parts.append(Text(LEGEND.format(keep=show(answer.keep, "%")), style="dim"))
     parts += [_combined(each) for each in answer.combined]
     parts += [Text(), Text(answer.sentence, style="bold")]
     if answer.command:
@@ -55,24 +56,27 @@ def rows(group: Group) -> list[list[str]]:
     """The thing as it is, then a line each, in words."""
     costs = columns(group)
     beside = ", ".join(dict.fromkeys(line.beside for line in group.lines))
-    table = [["as it is", beside, "", "0 %", *["1"] * len(costs), ""]]
+    table = [[f"as it is ({beside})", "0 %", *["1"] * len(costs), ""]]
     for line in group.lines:
         choice = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in line.point.choice.items())
-        name = f"({line.slug} replaces)" if line.replaced else line.slug
+        name = f"  not {line.slug} but {line.arm}" if line.replaced else line.slug
         left = [_ratio(line.point.costs.get(cost)) for cost in costs]
-        marks = " ".join(mark for mark, there in (("●", line.front), ("keeps", line.keeps)) if there)
-        table.append([name, line.arm, choice, _share(line.point.lost), *left, marks])
+        marks = "".join(mark for mark, there in (("●", line.front), ("✓", line.keeps)) if there)
+        table.append([f"{name}, {choice}" if choice else name, _share(line.point.lost), *left, marks])
     return table
 
 
 def header(group: Group) -> list[str]:
-    return ["method", "what", "choice", "quality lost", *map(in_words, columns(group)), ""]
+    return ["", "lost", *(SHORT.get(name, name) for name in columns(group)), ""]
 
 
-def _table(group: Group, keep: float) -> RenderableType:
-    table = plain_table(f"{group.job.capitalize()}: {group.measure}; 'keeps' loses at most {show(keep, '%')}")
+def _table(group: Group) -> RenderableType:
+    table = plain_table(f"{group.job.capitalize()}: {group.measure}")
     for number, name in enumerate(header(group)):
-        table.add_column(name, overflow="fold", justify="right" if 3 <= number < 4 + len(columns(group)) else "left")
+        if number == 0:
+            table.add_column(name, overflow="fold", min_width=FIRST)
+        else:
+            table.add_column(name, overflow="fold", justify="left" if number == len(columns(group)) + 2 else "right")
     for cells in rows(group):
         table.add_row(*cells)
     return table
@@ -131,7 +135,11 @@ def write_page(file: Path, answer: Answer) -> None:
         {"combined": each, "rows": combined_rows(each), "header": ["", "quality lost", *map(in_words, each.costs)]}
         for each in answer.combined
     ]
-    page = templates().get_template("advice.html").render(answer=answer, drawn=drawn, together=together, root="")
+    page = (
+        templates()
+        .get_template("advice.html")
+        .render(answer=answer, legend=LEGEND.format(keep=show(answer.keep, "%")), drawn=drawn, together=together, root="")
+    )
     with whole_file(check_page(file), overwrite=True, option="--page") as part:
         part.write_text(page.replace("<head>", f"<head>\n{OURS}", 1), encoding="utf8")
 

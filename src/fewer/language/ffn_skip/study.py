@@ -109,9 +109,8 @@ def judge(model: Any, task: Task, trial: Trial, config: FFNSkipConfig, *eighths:
         "untouched": stats.untouched_ratio,
         "ffn_flops": (1 - read.stats.ratio) * sum(map(ffn_flops, layers_of(model.model))),
     }
-    if 2 in eighths:
-        with ffn_skip(model, dataclasses.replace(config, warmup_tokens=0)):
-            figures["writing_seconds"] = writing_seconds(model, texts[:1, :PROMPT])
+    with ffn_skip(model, dataclasses.replace(config, warmup_tokens=0)):
+        figures["writing_seconds"] = writing_seconds(model, texts[:1, :PROMPT])
     for share in eighths:
         for figure, value in figures.items():
             trial.log(figure, value, skipped=share / 8)
