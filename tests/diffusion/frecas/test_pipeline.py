@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from hosts import SCALED, autoencoder, class_conditional, stable_diffusion, stable_diffusion_xl
 
 from fewer.diffusion import FreCaSConfig, FreCaSPipeline, Stage
-from fewer.diffusion.frecas import frecas
+from fewer.diffusion.frecas import enlarge, frecas
 
 CONFIG = FreCaSConfig((Stage(16, 4, 300), Stage((24, 32), 3, 0)), guidance=3.0, high_guidance=9.0)
 
@@ -170,6 +170,21 @@ def test_sdxl_is_told_the_first_size_or_each_stages_own(tokenizer, micro_size, l
         pipe.unet.register_forward_pre_hook(listen, with_kwargs=True)
         images_of(pipe)
     assert told == {(8, 8): [16, 16, 0, 0, 16, 16], (12, 16): last}
+
+
+@torch.no_grad()
+def test_a_lift_clips_the_decoded_image_enlarges_it_and_draws_from_the_posterior(tokenizer):
+    pipe, clean = stable_diffusion(tokenizer), torch.randn(1, 4, 8, 8)
+    vae, scale = pipe.vae, pipe.vae.config.scaling_factor
+    vae.decoder.conv_out.weight.mul_(100)
+    image = vae.decode(clean / scale).sample
+    assert image.abs().max() > 2
+    posterior = vae.encode(enlarge(image.clamp(-1, 1), (24, 32))).latent_dist
+    wanted = scale * posterior.sample(torch.Generator().manual_seed(5))
+    with frecas(pipe, CONFIG):
+        pipe.scheduler._posteriors = iter([torch.Generator().manual_seed(5)])
+        torch.testing.assert_close(pipe.scheduler._lift(clean, (24, 32)), wanted)
+    assert (wanted - scale * posterior.mode()).abs().max() > 0.01
 
 
 def test_other_schedulers_of_the_pipeline_give_their_betas(tokenizer):
