@@ -80,8 +80,13 @@ def test_every_arm_logs_every_figure_that_is_declared(job, monkeypatch):
 def test_arms_of_the_full_scale_run_there(job, monkeypatch):
     monkeypatch.setattr(study_of, "replace", lambda config, **words: replace(config, **words | {"steps": 2, "batch_size": 8}))
     monkeypatch.setattr(study_of, "JUDGED", 70)
-    for arm in ("d", "f-two-rounds"):
+    given, train = [], study_of.train_reflow
+    monkeypatch.setattr(study_of, "train_reflow", lambda *words, draw_times, **more: given.append(draw_times) or train(*words, **more))
+    for arm, trainings in (("d", 1), ("f-two-rounds", 2), ("direct", 1)):
+        del given[:]
         assert {each.name for each in logged(job, arm, Scale.FULL)} >= {"frechet", "inversion", "straightness"}
+        assert len(given) == trainings
+        assert [draw(3, None).tolist() for draw in given if draw] == ([[pytest.approx(1 - 1e-5)] * 3] if arm == "direct" else [])
 
 
 def test_arms_begin_where_they_say(job):
