@@ -80,13 +80,14 @@ def advise(
     """
     until = (time.monotonic() if began is None else began) + question.seconds
     trials = engine or LocalEngine()
-    found, left_out = candidates(thing, cards, beside=question.beside, only=question.only)
+    found, untried, left_out = candidates(thing, cards, beside=question.beside, only=question.only)
     ordered = in_order(found, lambda each: gain(each.recorded, each.card, each.advice, question.saves, question.keep))
     with Store(store, write=True) as opened:
         singly = until - (FOR_TWO * question.seconds if question.combine else 0.0)
         tried = attempt(
             ordered, opened, Until(trials, singly), observer, device=device, seeds=question.seeds, first_seed=question.first_seed
         )
+        tried.refused = untried | tried.refused
         said = _answer(thing, question, tried, opened, left_out)
         if not question.combine:
             return said

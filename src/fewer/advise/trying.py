@@ -69,14 +69,14 @@ class Tried:
 
 def candidates(
     thing: Thing, cards: Iterable[Card], *, beside: dict[str, str], only: Sequence[str] = ()
-) -> tuple[list[Candidate], dict[str, str]]:
-    """The methods whose cards say how to try them on the thing, and for each other one why it is left out, in a line.
+) -> tuple[list[Candidate], dict[str, str], dict[str, str]]:
+    """The methods whose cards say how to try them on the thing; why others that apply cannot be tried; why the rest does not apply.
 
     Args:
         beside: "text" or "data" -> the user's file.
         only: slugs; the others are left out without a word.
     """
-    found, left_out = [], {}
+    found, untried, left_out = [], {}, {}
     for card in cards:
         if only and card.slug not in only:
             continue
@@ -85,12 +85,12 @@ def candidates(
         if not meant:
             left_out[card.slug] = f"applies to {', '.join(card.applies_to)}"
         elif not ways:
-            left_out[card.slug] = f"applies, but its card does not say how to try it on {meant[0]} (`fewer show {card.slug}`)"
+            untried[card.slug] = f"its card does not say how to try it on {meant[0]}; `fewer show {card.slug}` says what it does"
         elif lacking := [name for name in ways[0].needs if name not in beside]:
-            left_out[card.slug] = f"needs --{lacking[0]} too"
+            untried[card.slug] = f"needs --{lacking[0]} too"
         else:
             found.append(_candidate(card, ways[0], thing, beside))
-    return found, left_out
+    return found, untried, left_out
 
 
 def _candidate(card: Card, advice: Advice, thing: Thing, beside: dict[str, str]) -> Candidate:

@@ -77,7 +77,9 @@ class _Reader:
         """The whole shape, the batch axis with it."""
         shape = self.shapes.get(name)
         if shape is None or not all(isinstance(length, int) for length in shape):
-            raise ValueError(f"{name} has the dynamic shape {shape}; expected fixed shapes: export without dynamic axes")
+            raise ValueError(
+                f"{name} has the dynamic shape {shape}; expected fixed shapes: export without dynamic axes, with a batch of one"
+            )
         return tuple(int(length) for length in shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
