@@ -77,8 +77,10 @@ class _Reader:
         """The whole shape, the batch axis with it."""
         shape = self.shapes.get(name)
         if shape is None or not all(isinstance(length, int) for length in shape):
+            named = next((each for each in shape or () if not isinstance(each, int)), "batch")
             raise ValueError(
-                f"{name} has the dynamic shape {shape}; expected fixed shapes: export without dynamic axes, with a batch of one"
+                f"{name} has the dynamic shape {shape}; expected fixed shapes: export without dynamic axes, or fix them with "
+                f"`python -m onnxruntime.tools.make_dynamic_shape_fixed --dim_param {named} --dim_value 1 IN.onnx OUT.onnx`"
             )
         return tuple(int(length) for length in shape)
 

@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fewer.federated import Anarchic
+from fewer.files import check_new_file
 
 from .task import config_of, model_fn
 
@@ -16,6 +17,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     settings: Any = context.run_config
+    if settings["final-model"]:
+        check_new_file(settings["final-model"], option="final-model")
     strategy = Anarchic(
         config_of(context),
         min_available_nodes=settings["min-available-nodes"],

@@ -7,6 +7,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fewer.federated import FFALoRA, trained_arrays
+from fewer.files import check_new_file
 
 from .task import config_of, model_of
 
@@ -16,6 +17,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     settings: Any = context.run_config
+    if settings["final-model"]:
+        check_new_file(settings["final-model"], option="final-model")
     strategy = FFALoRA(
         config_of(context),
         fraction_train=settings["fraction-train"],

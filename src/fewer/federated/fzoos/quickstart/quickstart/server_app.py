@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fewer.federated import FZooS
 from fewer.federated.fzoos import arrays_of
+from fewer.files import check_new_file
 
 from .task import CLASSES, config_of
 
@@ -18,6 +19,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     settings: Any = context.run_config
+    if settings["final-point"]:
+        check_new_file(settings["final-point"], option="final-point")
     strategy = FZooS(
         config_of(context),
         min_available_nodes=settings["min-available-nodes"],
