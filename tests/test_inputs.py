@@ -131,3 +131,18 @@ def test_text_that_is_not_utf8_and_files_without_examples_are_told(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no examples"):
         read_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_folder_of_clients_is_read_as_one(tmp_path):
+    for name, rows in (("b", 3), ("a", 2)):
+        np.savez(tmp_path / f"{name}.npz", x=np.full((rows, 4), rows, np.float32), y=np.arange(rows))
+    whole = read_examples(tmp_path, ["client"])
+    assert whole["x"][:, 0].tolist() == [2, 2, 3, 3, 3]
+    assert whole["client"].tolist() == [0, 0, 1, 1, 1]
+    assert "client" not in read_examples(tmp_path)
+    np.savez(tmp_path / "c.npz", x=np.ones((3, 5), np.float32), y=np.arange(3))
+    with pytest.raises(ValueError, match=r"c.npz: x, y with x \(5,\); expected x, y with x \(4,\) as in a.npz"):
+        read_examples(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no .npz files; expected one a client"):
+        read_examples(tmp_path / "empty")

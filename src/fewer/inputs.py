@@ -55,11 +55,15 @@ def read_arrays(file: str | Path, needed: Sequence[str], optional: Sequence[str]
 def read_examples(file: str | Path, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Examples with a label each: `x` [N, ...] of finite numbers and `y` [N] of integers, from an .npz file.
 
+    A folder of such files is read as one, its files in the order of their names; with "client" among `optional` each is a client's.
+
     Returns:
         x as it is stored, y as int64 class numbers from 0, and the optional arrays that are there, as many rows each.
     """
     import numpy as np
 
+    if Path(file).is_dir():
+        return _read_folder(Path(file), optional)
     arrays = read_arrays(file, ["x", "y"], optional)
     x, y = arrays["x"], arrays["y"]
     if x.ndim < 2 or x.dtype.kind not in "fiub" or len(x) == 0:
@@ -75,6 +79,24 @@ def read_examples(file: str | Path, optional: Sequence[str] = ()) -> dict[str, n
         if name in arrays and len(arrays[name]) != len(x):
             raise ValueError(f"{file}: {name} has {len(arrays[name])} rows and x {len(x)}; expected as many: one entry a row of x")
     return arrays | {"y": y.astype(np.int64)}
+
+
+def _read_folder(folder: Path, optional: Sequence[str]) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    files = sorted(folder.glob("*.npz"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no .npz files; expected one a client, each with x and y")
+    parts = [read_examples(each, [name for name in optional if name != "client"]) for each in files]
+    for each, part in zip(files, parts, strict=True):
+        if set(part) != set(parts[0]) or part["x"].shape[1:] != parts[0]["x"].shape[1:]:
+            raise ValueError(
+                f"{each}: {', '.join(part)} with x {part['x'].shape[1:]}; expected {', '.join(parts[0])} with x {parts[0]['x'].shape[1:]} as in {files[0].name}"
+            )
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if "client" in optional:
+        whole["client"] = np.repeat(np.arange(len(parts)), [len(part["x"]) for part in parts])
+    return whole
 
 
 def map_array(file: str | Path, what: str = "one array") -> np.ndarray:

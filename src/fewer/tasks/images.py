@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,9 +118,9 @@ def _known(data: str) -> tuple[Any, Any, Any, int, str, dict[str, Any]]:
 
 
 def _own(file: str, beside: Sequence[str]) -> tuple[Any, Any, Any, int, str, dict[str, Any]]:
-    if not file.endswith(".npz"):
+    if not file.endswith(".npz") and not (file and Path(file).is_dir()):
         raise UserError(
-            f"data is {file!r}; expected one of {', '.join(LOADERS)}{did_you_mean(file, list(LOADERS))}, or the path of an .npz file"
+            f"data is {file!r}; expected one of {', '.join(LOADERS)}{did_you_mean(file, list(LOADERS))}, or the path of an .npz file, or of a folder of them"
         )
     try:
         arrays = read_examples(file, beside)
