@@ -74,6 +74,7 @@ class Advice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         apply: the command that applies it for good, with {thing}, {text}, {data}, {out} and the value of `over` by its name in place.
         at: coordinates at which all of these are read.
         over: a coordinate whose values are choices (the share removed, the number of calls), a line of the answer each.
+        words: values of `over` as `apply` writes them, where it writes them otherwise.
         as_it_is_at: where on `over` the thing untouched is read; without it, where the method is.
         needs: what must be given beside it: "text" or "data".
         settings: further options, as `--set` takes them.
@@ -94,6 +95,7 @@ class Advice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replaces: str = ""
     at: dict[str, Any] = {}
     over: str = ""
+    words: dict[str, str] = {}
     as_it_is_at: Any = None
     needs: list[Literal["text", "data"]] = []
     settings: dict[str, str] = {}

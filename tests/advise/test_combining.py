@@ -60,5 +60,8 @@ def test_gains_multiply_and_losses_add_as_measured():
         "Together 0.25 of the bytes are left, where the product of the single ones is 0.25. Quality lost is 4 %, where the sum of the single "
         "ones is 3 %."
     )
-    assert found.commands == ["fewer prune model OUT-1 --text notes.txt --ratio 0.3", "fewer int-vs-fp OUT-1 --text notes.txt"]
+    assert found.commands == [
+        "fewer prune model OUT-1 --text notes.txt --ratio 0.3",
+        "fewer formats pack OUT-1/model.safetensors OUT.safetensors --format mxint8",
+    ]
     assert read([step("cfsp", 0.8), step("int-vs-fp", 0.4, {"pair": "mx8"})], rows[:4], THING, {}) is None

@@ -172,7 +172,7 @@ def command_of(advice: Advice, thing: Thing, beside: dict[str, str], choice: dic
     """The command that applies a method for good, with the user's own words in place."""
     words = {"thing": shlex.quote(thing.given), "out": out}
     words |= {name: shlex.quote(beside[name]) if name in beside else f"YOUR-{name.upper()}" for name in ("text", "data")}
-    return advice.apply.format(**words, **choice)
+    return advice.apply.format(**words, **{name: advice.words.get(str(value), value) for name, value in choice.items()})
 
 
 def _sentence(pick: Line | None, group: Group | None, keep: float, any_tried: bool) -> str:
