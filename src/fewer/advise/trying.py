@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,26 +181,27 @@ def attempt(
 
     What the store holds is not run again.
     """
-    tried = Tried()
-    studies = dict(_studies(ordered, tried))
-    most = max((seeds or study.seeds for study in studies.values()), default=0)
-    for round in range(most):
-        seed = first_seed + round
-        for each in ordered:
-            if each.slug in tried.refused or each.slug not in studies or round >= (seeds or studies[each.slug].seeds):
+    tried, active = Tried(), list(ordered)
+    round = 0
+    while active:
+        seed, going_on = first_seed + round, []
+        for each in active:
+            if round == 0 and engine.left <= 0 and not store.trials(each.slug):  # nothing of it is imported any more
+                tried.unfitting[each.slug] = "the time was up; a larger --budget goes on from there"
                 continue
-            study = studies[each.slug]
             try:
+                study = _study(each)
                 whole = plan(study, each.module, given=each.given, arms=each.arms, seeds=seed + 1, device=device, jobs=1, store=store)
-            except UserError as refusal:  # an option that the study does not have
+            except (UserError, Incomparable) as refusal:
                 tried.refused[each.slug] = str(refusal)
                 continue
-            order = {arm: number for number, arm in enumerate(each.arms)}
-            specs = sorted((spec for spec in whole.specs if spec.seed == seed), key=lambda spec: order[spec.arm])
-            part = dataclasses.replace(whole, specs=tuple(specs))
+            specs = sorted((spec for spec in whole.specs if spec.seed == seed), key=lambda spec, each=each: each.arms.index(spec.arm))
             tried.plans[each.slug] = (each, study, whole)
             if len(store.finished(specs)) < len(specs):
-                _try(each, part, store, engine, observer, tried, first=round == 0)
+                _try(each, dataclasses.replace(whole, specs=tuple(specs)), store, engine, observer, tried, first=round == 0)
+            if round + 1 < (seeds or study.seeds) and each.slug not in tried.refused | tried.unfitting:
+                going_on.append(each)
+        active, round = going_on, round + 1
     return tried
 
 
@@ -230,11 +231,8 @@ def _try(each: Candidate, part: Plan, store: Store, engine: Until, observer: Obs
         tried.unfitting[each.slug] = f"{why or expected}; a larger --budget goes on from there"
 
 
-def _studies(ordered: Sequence[Candidate], tried: Tried) -> Iterator[tuple[str, Study]]:
-    for each in ordered:
-        try:
-            study = load_study(each.module)
-            check_figures(each.advice, study.figures)
-            yield each.slug, study
-        except (UserError, Incomparable) as refusal:
-            tried.refused[each.slug] = str(refusal)
+def _study(each: Candidate) -> Study:
+    """The method's study; UserError or Incomparable where it cannot be had, or tells what cannot be compared."""
+    study = load_study(each.module)
+    check_figures(each.advice, study.figures)
+    return study
