@@ -80,6 +80,7 @@ class Advice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         settings: further options, as `--set` takes them.
         writes: whether `apply` writes a new thing of this kind into {out}.
         before: methods that may follow on what it writes.
+        after: methods on what they write it may follow: the same, said from the other side.
     """
 
     on: Line
@@ -101,6 +102,7 @@ class Advice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, str] = {}
     writes: bool = False
     before: list[Line] = []
+    after: list[Line] = []
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.costs if name not in COSTS]:

@@ -40,6 +40,7 @@ def test_what_touches_the_same_or_is_judged_otherwise_is_not_put_together():
     assert not allowed([prune, step("int-vs-fp", 0.4, job="sampling")])
     assert not allowed([step("cfsp", 0.8, writes=False), step("int-vs-fp", 0.4)])
     assert not allowed([step("cfsp", 0.8, before=[]), step("int-vs-fp", 0.4)])
+    assert allowed([step("cfsp", 0.8, before=[]), step("int-vs-fp", 0.4, after=["cfsp"])])
 
 
 def test_gains_multiply_and_losses_add_as_measured():

@@ -99,8 +99,13 @@ def allowed(chain: Iterable[_Step]) -> bool:
     advice = [step.candidate.advice for step in steps]
     alike = len({(each.on, each.job, each.measure) for each in advice}) == 1
     different = len({each.changes for each in advice}) == len(advice)
-    follows = all(a.writes and b.candidate.slug in a.before for a, b in zip(advice, steps[1:], strict=False))
+    follows = all(_may_follow(*pair) for pair in itertools.pairwise(steps))
     return alike and different and follows
+
+
+def _may_follow(first: _Step, then: _Step) -> bool:
+    a, b = first.candidate, then.candidate
+    return a.advice.writes and (b.slug in a.advice.before or a.slug in b.advice.after)
 
 
 def _things(thing: Thing, writers: Sequence[_Step], folder: Path, beside: Mapping[str, str]) -> dict[tuple[str, ...], str]:
