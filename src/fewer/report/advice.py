@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHORT = {"cpu_seconds": "cpu", "seconds": "time", "peak_memory": "memory", "parameters": "params", "flops": "ops"}
 FIRST = 26  # characters of a table's first column, also where the terminal is narrow
-LEGEND = "costs as ratios to the thing as it is, measured here; ✓ loses at most {keep} with every seed; ● on the Pareto front"
+LEGEND = "Costs are ratios to the thing as it is, measured here; ✓ loses at most {keep} with every seed; ● on the Pareto front"
 OURS = '<meta name="generator" content="fewer advise">'
 
 
@@ -85,15 +85,20 @@ def _table(group: Group) -> RenderableType:
 def _share(spread: Spread | None) -> str:
     if spread is None:
         return "not measured"
-    ends = f"\n{100 * spread.low:.2g} to {100 * spread.high:.2g} %" if spread.seeds > 1 and spread.low != spread.high else ""
-    return f"{100 * spread.mean:.2g} %{ends}"
+    ends = f"\n{_two(100 * spread.low)} to {_two(100 * spread.high)} %" if spread.seeds > 1 and spread.low != spread.high else ""
+    return f"{_two(100 * spread.mean)} %{ends}"
 
 
 def _ratio(spread: Spread | None) -> str:
     if spread is None:
         return "-"
-    ends = f"\n{spread.low:.2g} to {spread.high:.2g}" if spread.seeds > 1 and f"{spread.low:.2g}" != f"{spread.high:.2g}" else ""
-    return f"{spread.mean:.2g}{ends}"
+    low, high = _two(spread.low), _two(spread.high)
+    return f"{_two(spread.mean)}\n{low} to {high}" if spread.seeds > 1 and low != high else _two(spread.mean)
+
+
+def _two(value: float) -> str:
+    """Two digits, or all before the point: 0.0123 as 0.012, 123.4 as 123."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def combined_rows(combined: Combined) -> list[list[str]]:
@@ -160,7 +165,7 @@ def _chart(group: Group) -> str:
     colours = alt.Color(
         "method:N",
         scale=alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))]),
-        legend=alt.Legend(title=None, orient="bottom", columns=2, labelLimit=WIDTH),
+        legend=alt.Legend(title=None, orient="bottom", columns=1, labelLimit=WIDTH),
     )
     front = base.transform_filter("datum.front != ''")
     line = front.mark_line(strokeDash=[4, 3], opacity=0.7, interpolate="step-after", color="gray")
