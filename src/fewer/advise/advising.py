@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -38,6 +38,7 @@ class Question:
         combine: whether the best are put together, too.
         seeds: of each study; its own number where it is None.
         first_seed: the first of them.
+        replaced: whether what methods replace is tried, too.
     """
 
     saves: list[str] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Question:
     combine: bool = False
     seeds: int | None = None
     first_seed: int = 0
+    replaced: bool = True
 
 
 def check_memory(thing: Thing) -> None:
@@ -81,6 +83,8 @@ def advise(
     until = (time.monotonic() if began is None else began) + question.seconds
     trials = engine or LocalEngine()
     found, untried, left_out = candidates(thing, cards, beside=question.beside, only=question.only)
+    if not question.replaced:
+        found = [replace(each, advice=msgspec.structs.replace(each.advice, replaces="")) for each in found]
     ordered = in_order(found, lambda each: gain(each.recorded, each.card, each.advice, question.saves, question.keep))
     with Store(store, write=True) as opened:
         singly = until - (FOR_TWO * question.seconds if question.combine else 0.0)
