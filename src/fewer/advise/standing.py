@@ -43,7 +43,8 @@ def study_of(slug: str, question: str, job: str) -> Study:
     )
 
     def ask(thing: Thing, trial: Trial, seeds: int, first: int) -> Answer:
-        methods = [card for card in papers.cards() if card.package.startswith("fewer.") and trial.settings["only"] in ("", card.slug)]
+        methods = [card for card in papers.cards() if card.package.startswith("fewer.") and any(each.job == job for each in card.advise)]
+        methods = [card for card in methods if trial.settings["only"] in ("", card.slug)]
         question = Question(keep=KEEP, seconds=math.inf, seeds=seeds, first_seed=first, replaced=False)
         with tempfile.TemporaryDirectory() as folder, trial.measure("advise") as cost:
             said = advise(thing, question, methods, Path(folder) / "store.sqlite", Observer(), engine=InThisProcess())
