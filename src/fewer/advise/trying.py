@@ -94,9 +94,11 @@ def candidates(
 
 
 def _candidate(card: Card, advice: Advice, thing: Thing, beside: dict[str, str]) -> Candidate:
-    given = {advice.option: thing.value} | advice.settings | {name: value for name, value in beside.items() if name in card_options(card)}
-    record = msgspec.convert(card.record, Record) if card.record else None
-    if record is None:
+    own = {name: value for name, value in beside.items() if name in card_options(card)}
+    given = advice.settings | own | {advice.option: thing.value}
+    try:
+        record = msgspec.convert(card.record, Record)
+    except msgspec.ValidationError:  # there is none, or one of another version
         return Candidate(card, advice, given, [], UNKNOWN)
     arms = {advice.as_it_is, advice.method, advice.replaces} - {""}
     labels = {name: arm.label for name, arm in record.arms.items()}
