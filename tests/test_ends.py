@@ -87,7 +87,8 @@ main()
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_end_while_a_trial_is_being_started_prints_no_traceback(outside, tmp_path, number):
     words = [sys.executable, "-c", STRUCK.format(number=number.name)]
-    ended = subprocess.run(words, cwd=tmp_path, env=command_environment(outside), stderr=subprocess.PIPE, text=True)
+    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background job ignores it
+    ended = subprocess.run(words, cwd=tmp_path, env=command_environment(outside), stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     assert ended.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     assert "Traceback" not in ended.stderr
 
