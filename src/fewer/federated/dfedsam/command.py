@@ -29,7 +29,7 @@ def topology(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of a random graph.")] = 0,
     parameters: Annotated[int, typer.Option(min=1, max=10**15, help="Of the model.")] = 1_000_000,
     gossip_steps: Annotated[int, typer.Option(min=1, max=10_000, help="How often a round's exchange is made.")] = 1,
-    tol: Annotated[float, typer.Option(min=0, max=1, help="The share of the distance to the mean that is to be left.")] = 1e-3,
+    tol: Annotated[float, typer.Option(min=0, help="The share of the distance to the mean that is to be left.")] = 1e-3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Links, lambda, gossip steps until all agree, and bytes a round, of a graph of clients.

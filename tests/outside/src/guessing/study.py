@@ -26,8 +26,8 @@ study = Study(
 study.option("size", 40, help="how many numbers there are")
 study.option("shape", "flat", choices=["flat", "steep"], help="how they are spread")
 TROUBLES = ["none", "raise", "exit", "signal", "memory", "endless", "nan", "data", "peek"]
-study.option("numbers", "", help="a text file of your own numbers")
 study.option("trouble", "none", choices=TROUBLES, help="what the arm `mean` does wrong")
+study.option("numbers", "", help="a text file of your own numbers")
 
 
 @dataclass
