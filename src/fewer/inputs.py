@@ -183,6 +183,19 @@ def read_pairs(file: str | Path, names: tuple[str, str] = ("prompt", "completion
     return pairs
 
 
+def stored_tensors(file: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """name -> (shape, dtype as the file writes it) of a safetensors file's tensors, from its header; ValueError where it is no whole one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as stored:
+            parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} is no whole safetensors file ({why}); copy or write it again") from error
+
+
 def read_fasta(file: str | Path, letters: str) -> list[tuple[str, str]]:
     """(header, sequence) of each record of a FASTA file, sequences in upper case.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 BINARY = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 SMALL = 0.001  # a share below it is told by its digits
@@ -46,6 +47,15 @@ def show_change(value: float, unit: str = "") -> str:
     if unit == "%":
         return f"{100 * value:+.2f} points"
     return ("+" if value >= 0 else "-") + show(abs(value), unit)
+
+
+def on_front(point: tuple[float, float], others: Iterable[tuple[float, float]]) -> bool:
+    """Whether no other point is at most as large in both numbers and smaller in one.
+
+    >>> on_front((1.0, 2.0), [(1.0, 2.0), (2.0, 1.0)]), on_front((1.0, 2.0), [(1.0, 1.5)])
+    (True, False)
+    """
+    return not any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in others)
 
 
 def _seconds(value: float) -> str:

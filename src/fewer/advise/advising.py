@@ -13,7 +13,7 @@ import psutil
 from fewer.advise.answer import Answer, answer, gain
 from fewer.advise.combining import combine
 from fewer.advise.things import Thing
-from fewer.advise.trying import Tried, Until, attempt, candidates, in_order
+from fewer.advise.trying import Until, attempt, candidates, in_order
 from fewer.errors import UserError
 from fewer.papers import Card
 from fewer.quantities import show
@@ -92,12 +92,8 @@ def advise(
             ordered, opened, Until(trials, singly), observer, device=device, seeds=question.seeds, first_seed=question.first_seed
         )
         tried.refused = untried | tried.refused
-        said = _answer(thing, question, tried, opened, left_out)
+        said = answer(thing, tried, opened, saves=question.saves, keep=question.keep, beside=question.beside, left_out=left_out)
         if not question.combine:
             return said
         together = combine(thing, said, tried, opened, Until(trials, until), observer, beside=question.beside, device=device)
         return msgspec.structs.replace(said, combined=together)
-
-
-def _answer(thing: Thing, question: Question, tried: Tried, store: Store, left_out: dict[str, str]) -> Answer:
-    return answer(thing, tried, store, saves=question.saves, keep=question.keep, beside=question.beside, left_out=left_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from fewer.advise.reading import Point, points
 from fewer.advise.things import Thing
 from fewer.advise.trying import Tried
 from fewer.papers import Card
-from fewer.quantities import show
+from fewer.quantities import on_front, show
 from fewer.study.results import Row
 from fewer.study.store import Store
 
@@ -165,7 +165,12 @@ def _in_front(line: Line, others: Sequence[Line]) -> bool:
         return False
     mine = (line.point.lost.mean, line.left)
     rivals = [(0.0, 1.0), *((other.point.lost.mean, other.left) for other in others if other.point.lost is not None and other.whole)]
-    return not any(lost <= mine[0] and left <= mine[1] and (lost, left) != mine for lost, left in rivals)
+    return on_front(mine, rivals)
+
+
+def in_words_of(choice: Mapping[str, Any]) -> str:
+    """ "removed 0.3"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in choice.items())
 
 
 def command_of(advice: Advice, thing: Thing, beside: dict[str, str], choice: dict[str, Any], out: str = "OUT") -> str:
@@ -182,12 +187,12 @@ def _sentence(pick: Line | None, group: Group | None, keep: float, any_tried: bo
         return f"None pays: nothing that was tried saves anything and loses at most {show(keep, '%')} of the quality. Keep it as it is."
     lost = pick.point.lost
     assert lost is not None
-    choice = "".join(f", {name.replace('_', ' ')} {value}" for name, value in pick.point.choice.items())
+    what = ", ".join(filter(None, [pick.arm, in_words_of(pick.point.choice)]))
     how = f"loses {show(lost.mean, '%')}" if lost.mean > 0 else f"gains {show(-lost.mean, '%')}" if lost.mean < 0 else "loses nothing"
     costs = ", ".join(f"{spread.mean:.2g} times the {in_words(name)}" for name, spread in pick.point.costs.items())
     seeds = f"{lost.seeds} seeds" if lost.seeds > 1 else "one seed"
     return (
-        f"For {group.job}, take {pick.slug} ({pick.arm}{choice}): judged by {group.measure}, it {how}, and it needs {costs}, beside "
+        f"For {group.job}, take {pick.slug} ({what}): judged by {group.measure}, it {how}, and it needs {costs}, beside "
         f"{pick.beside} ({seeds})."
     )
 

@@ -54,7 +54,7 @@ def points(slug: str, advice: Advice, rows: Iterable[Row], figures: Sequence[Fig
     check_figures(advice, figures)
     better = next(figure.better for figure in figures if figure.name == advice.quality)
     sign = 1.0 if better == "lower" else -1.0
-    read = _reader(advice, list(rows))
+    read = _Reader(advice, list(rows))
     found = []
     for arm in dict.fromkeys(each for each in (advice.method, advice.replaces) if each):
         for choice in read.choices(arm):
@@ -87,7 +87,9 @@ def check_figures(advice: Advice, figures: Sequence[Figure]) -> None:
             raise Incomparable(f"its study tells {logged!r} in {told}, and {common} is compared in {COSTS[common]!r}")
 
 
-class _reader:
+class _Reader:
+    """Rows of a study, read as a card says."""
+
     def __init__(self, advice: Advice, rows: list[Row]) -> None:
         self.advice, self.rows = advice, rows
 

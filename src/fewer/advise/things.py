@@ -14,7 +14,7 @@ from typing import Any
 
 from fewer.errors import UserError
 from fewer.files import read_json
-from fewer.inputs import BROKEN, IMAGES, map_array, read_text
+from fewer.inputs import BROKEN, IMAGES, map_array, read_text, stored_tensors
 from fewer.quantities import show
 
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?::(\d+))?")
@@ -125,21 +125,11 @@ def _pipeline(given: str, path: Path) -> Thing:
 
 def _weights(path: Path) -> tuple[tuple[Path, ...], int, str]:
     """Files, how many numbers they hold, and of which type, by their headers alone."""
-    from safetensors import SafetensorError, safe_open
-
     files = tuple(sorted(path.rglob("*.safetensors")))
     if not files:
         raise UserError(f"{path} has no weights as safetensors; expected them: save the model with save_pretrained again")
-    numbers, dtypes = 0, set()
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as stored:
-                for name in stored.keys():  # noqa: SIM118 - it is no mapping
-                    part = stored.get_slice(name)
-                    numbers += math.prod(part.get_shape())
-                    dtypes.add(part.get_dtype())
-        except (SafetensorError, *BROKEN) as error:
-            raise UserError(f"{file} is no whole safetensors file ({' '.join(str(error).split())}); copy or write it again") from error
+    stored = [tensor for file in files for tensor in stored_tensors(file).values()]
+    numbers, dtypes = sum(math.prod(shape) for shape, _ in stored), {dtype for _, dtype in stored}
     config = [each for each in (path / "config.json", path / "model_index.json") if each.is_file()]
     return (*files, *config), numbers, ", ".join(sorted(dtypes))
 

@@ -199,8 +199,7 @@ def attempt(
                 continue
             specs = sorted((spec for spec in whole.specs if spec.seed == seed), key=lambda spec, each=each: each.arms.index(spec.arm))
             tried.plans[each.slug] = (each, study, whole)
-            if len(store.finished(specs)) < len(specs):
-                _try(each, dataclasses.replace(whole, specs=tuple(specs)), store, engine, observer, tried, first=round == 0)
+            _try(each, dataclasses.replace(whole, specs=tuple(specs)), store, engine, observer, tried, first=round == 0)
             if round + 1 < (seeds or study.seeds) and each.slug not in tried.refused | tried.unfitting:
                 going_on.append(each)
         active, round = going_on, round + 1
@@ -209,11 +208,12 @@ def attempt(
 
 def _try(each: Candidate, part: Plan, store: Store, engine: Until, observer: Observer, tried: Tried, *, first: bool) -> None:
     """Run what is missing of one seed, as far as it fits into the time that is left."""
-    specs = part.specs
+    missing = _missing(part, store)
+    if not missing:
+        return
     engine.recorded[each.slug] = each.seconds / len(each.arms)
-    engine.learn(store, specs)
+    engine.learn(store, part.specs)
     why = ""
-    missing = [spec for spec in specs if spec.key not in store.finished(specs)]
     if engine.left >= engine.expected(missing[0]):
         try:
             failed = list(run_trials(part, store, engine, observer).values())
@@ -227,10 +227,14 @@ def _try(each: Candidate, part: Plan, store: Store, engine: Until, observer: Obs
             tried.refused[each.slug] = f"came to grief: {failed[0].splitlines()[-1]}"
             return
         why = "was stopped when the time was up" if failed else ""
-    lacking = [spec for spec in specs if spec.key not in store.finished(specs)]
-    if first and lacking:
+    if first and (lacking := _missing(part, store)):
         expected = f"`{lacking[0].arm}` is expected to take {show(engine.expected(lacking[0]), 's')}, and {show(max(0.0, engine.left), 's')} were left"
         tried.unfitting[each.slug] = f"{why or expected}; a larger --budget goes on from there"
+
+
+def _missing(part: Plan, store: Store) -> list[TrialSpec]:
+    have = store.finished(part.specs)
+    return [spec for spec in part.specs if spec.key not in have]
 
 
 def _study(each: Candidate) -> Study:

@@ -9,11 +9,11 @@ from rich.console import Group as Parts
 from rich.console import RenderableType
 from rich.text import Text
 
-from fewer.advise.answer import Answer, Group, Line, in_words
+from fewer.advise.answer import Answer, Group, Line, in_words, in_words_of
 from fewer.files import check_new_file, whole_file
 from fewer.quantities import show
 from fewer.report.charts import svg
-from fewer.report.drawing import LABELS, PALETTE, WIDTH, styled
+from fewer.report.drawing import PALETTE, WIDTH, styled, with_front
 from fewer.report.page import templates
 from fewer.report.terminal import plain_table
 
@@ -58,7 +58,7 @@ def rows(group: Group) -> list[list[str]]:
     beside = ", ".join(dict.fromkeys(line.beside for line in group.lines))
     table = [[f"as it is ({beside})", "0 %", *["1"] * len(costs), ""]]
     for line in group.lines:
-        choice = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in line.point.choice.items())
+        choice = in_words_of(line.point.choice)
         name = f"  not {line.slug} but {line.arm}" if line.replaced else line.slug
         left = [_ratio(line.point.costs.get(cost)) for cost in costs]
         marks = "".join(mark for mark, there in (("●", line.front), ("✓", line.keeps)) if there)
@@ -167,16 +167,7 @@ def _chart(group: Group) -> str:
         scale=alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))]),
         legend=alt.Legend(title=None, orient="bottom", columns=1, labelLimit=WIDTH),
     )
-    front = base.transform_filter("datum.front != ''")
-    line = front.mark_line(strokeDash=[4, 3], opacity=0.7, interpolate="step-after", color="gray")
-    rings = front.mark_point(size=260, strokeWidth=1.5, color="gray")
-    return svg(
-        styled(
-            (line + rings + base.mark_point(filled=True, size=110, opacity=1).encode(color=colours)).properties(
-                width=WIDTH + LABELS, height=300
-            )
-        )
-    )
+    return svg(styled(with_front(base, colours)))
 
 
 def _point(line: Line) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewer.quantities import show, show_change
+from fewer.quantities import on_front, show, show_change
 from fewer.report.drawing import (
     FONT,
     INK,
@@ -30,6 +30,7 @@ from fewer.report.drawing import (
     label_of,
     log_ticks,
     styled,
+    with_front,
 )
 from fewer.report.terminal import seed_values
 from fewer.study.figures import Bars, Chart, Curve, Difference, Groups, Tradeoff
@@ -346,13 +347,9 @@ def _tradeoff_points(record: Record, declaration: Tradeoff) -> list[dict[str, An
         q, c = seed_values(results, quality, name), seed_values(results, cost, name)
         if len(q) and len(c) and np.isfinite(q.mean()) and np.isfinite(c.mean()):
             points.append({"arm": arm.label, "quality": float(q.mean()), "cost": float(c.mean())})
-    up = -1 if quality.better == "lower" else 1
-
-    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
-        no_worse = up * a["quality"] >= up * b["quality"] and a["cost"] <= b["cost"]
-        return no_worse and (a["quality"], a["cost"]) != (b["quality"], b["cost"])
-
-    return [point | {"front": "" if any(beats(other, point) for other in points) else "on the front"} for point in points]
+    down = 1 if quality.better == "lower" else -1
+    places = [(down * point["quality"], point["cost"]) for point in points]
+    return [point | {"front": "on the front" if on_front(place, places) else ""} for point, place in zip(points, places, strict=True)]
 
 
 def _tradeoff(record: Record, declaration: Tradeoff) -> Any:
@@ -375,7 +372,4 @@ def _tradeoff(record: Record, declaration: Tradeoff) -> Any:
         ),
         y=alt.Y("quality:Q", title=axis_title(record, quality.name), scale=alt.Scale(zero=False, padding=20)),
     )
-    front = base.transform_filter("datum.front != ''").mark_line(color=INK, strokeDash=[4, 3], opacity=0.7, interpolate="step-after")
-    rings = base.transform_filter("datum.front != ''").mark_point(size=260, color=INK, strokeWidth=1.5)
-    dots = base.mark_point(filled=True, size=110, opacity=1).encode(color=colours_of(record, {point["arm"] for point in points}))
-    return (front + rings + dots).properties(width=WIDTH + LABELS - 40, height=300)
+    return with_front(base, colours_of(record, {point["arm"] for point in points}))

@@ -99,6 +99,15 @@ def dashes_of(record: Record, present: set[str]) -> Any:
     return alt.StrokeDash("arm:N", scale=alt.Scale(domain=labels, range=dashes), legend=None)
 
 
+def with_front(base: Any, colours: Any) -> Any:
+    """Dots of `base`, those whose `front` says something ringed and joined."""
+    front = base.transform_filter("datum.front != ''")
+    line = front.mark_line(color=INK, strokeDash=[4, 3], opacity=0.7, interpolate="step-after")
+    rings = front.mark_point(size=260, color=INK, strokeWidth=1.5)
+    dots = base.mark_point(filled=True, size=110, opacity=1).encode(color=colours)
+    return (line + rings + dots).properties(width=WIDTH + LABELS - 40, height=300)
+
+
 def styled(drawn: Any) -> Any:
     """One look for all: no background, text and axes in the stand-in colour."""
     text = {"labelColor": INK, "titleColor": INK, "labelFontSize": FONT, "titleFontSize": FONT, "titleFontWeight": "normal"}

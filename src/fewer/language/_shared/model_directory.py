@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewer.files import read_json
+from fewer.inputs import stored_tensors
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OURS = "fewer_"  # how types of this library begin: "fewer_llama" has layers of their own widths, "fewer_METHOD" is in METHOD/model.py
@@ -102,16 +103,7 @@ def _refuse_own_code(config: Mapping[str, Any], file: Path) -> None:
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """name -> shape of every weight, from the files' headers."""
-    from safetensors import SafetensorError, safe_open
-
-    shapes = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{file} is no whole safetensors file ({_one_line(error)}); copy or write it again") from error
-    return shapes
+    return {name: shape for file in weight_files(folder) for name, (shape, _) in stored_tensors(file).items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
