@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import threading
@@ -165,6 +166,16 @@ def test_a_method_page_shows_verdicts_paper_machine_and_the_command_to_repeat(si
     assert "not reached" in text
     assert "There are no figures for this chart" in text
     assert "has not been run here" in (site / "methods" / "other.html").read_text()
+
+
+def test_a_method_page_shows_what_arms_made_side_by_side(site, record):
+    assert list(record.pictures) == ["seeds"]
+    assert set(record.pictures["seeds"]) == {"median", "mean"}
+    text = (site / "methods" / "guessing.html").read_text()
+    assert "<h3>seeds</h3>" in text
+    for arm, png in record.pictures["seeds"].items():
+        assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="seeds: {record.arms[arm].label}"' in text
+    assert "What they made" not in (site / "methods" / "other.html").read_text()
 
 
 def test_a_page_made_of_the_same_is_taken_over_and_of_anything_else_is_made_anew(tmp_path, card, record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def templates() -> Any:
         counts=_counts,
     )
     environment.filters["show"] = show
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment
 
 

@@ -55,6 +55,7 @@ class Record(msgspec.Struct, frozen=True):
     figures: dict[
         str, dict[str, list[tuple[dict[str, Any], list[float | None]]]]
     ]  # figure -> arm -> (coordinates, values by seed; None is NaN)
+    pictures: dict[str, dict[str, bytes]] = {}  # name -> arm -> a PNG of the first seed
 
     def results(self) -> Results:
         """The figures as `Results`."""
@@ -106,6 +107,7 @@ def make_record(outcome: Outcome, races: Sequence[RaceOutcome] = ()) -> Record:
         shown=list(plan.study.figures),
         charts=list(plan.study.charts),
         figures=_figures(outcome.results),
+        pictures=outcome.pictures,
     )
 
 

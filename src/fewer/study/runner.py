@@ -16,7 +16,7 @@ from fewer.study.environment import environment, usable_cores
 from fewer.study.results import Results
 from fewer.study.settings import choose_settings
 from fewer.study.store import Store
-from fewer.study.trial import FigureEvent, FinishedEvent, NoteEvent, ProgressEvent, TrialSpec
+from fewer.study.trial import FigureEvent, FinishedEvent, NoteEvent, PictureEvent, ProgressEvent, TrialSpec
 from fewer.study.verdicts import Verdict, judge
 
 
@@ -51,6 +51,7 @@ class Outcome:
     verdicts: list[Verdict]
     summary: str
     notes: dict[str, dict[str, str]]  # arm -> notes of its trials
+    pictures: dict[str, dict[str, bytes]]  # name -> arm -> a PNG of the first seed that has it
     environment: dict[str, Any]
     seconds: float  # all its trials together
     failed: dict[str, str] = field(default_factory=dict)  # "arm, seed N" -> what went wrong
@@ -145,6 +146,8 @@ def _run_missing(plan: Plan, missing: Sequence[TrialSpec], store: Store, engine:
                 match event:
                     case FigureEvent():
                         store.add_figure(numbers[spec.key], event)
+                    case PictureEvent():
+                        store.add_picture(numbers[spec.key], event)
                     case NoteEvent():
                         notes[spec.key][event.name] = event.text
                     case ProgressEvent():
@@ -209,4 +212,5 @@ def gather(plan: Plan, store: Store, failed: Mapping[str, str] | None = None) ->
     shown = environments[0] if environments else now
     seconds = sum(trial.seconds or 0.0 for trial in have.values())
     verdicts, summary = judge(plan.study, results), plan.study.summarise(results)
-    return Outcome(plan, results, verdicts, summary, notes, shown, seconds, dict(failed or {}), stale)
+    pictures = store.pictures(plan.specs)
+    return Outcome(plan, results, verdicts, summary, notes, pictures, shown, seconds, dict(failed or {}), stale)

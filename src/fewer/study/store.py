@@ -23,7 +23,7 @@ import msgspec
 from fewer.errors import UserError
 from fewer.plain import plain, plain_all
 from fewer.study.results import Row
-from fewer.study.trial import FigureEvent, FinishedEvent, TrialSpec
+from fewer.study.trial import FigureEvent, FinishedEvent, PictureEvent, TrialSpec
 
 T = TypeVar("T")
 APPLICATION_ID = 0x66657772  # "fewr"
@@ -49,6 +49,10 @@ MIGRATIONS = (
     CREATE TABLE races (
         slug TEXT NOT NULL, name TEXT NOT NULL, outcome BLOB NOT NULL, date TEXT NOT NULL, PRIMARY KEY (slug, name));
     CREATE TABLE records (slug TEXT NOT NULL PRIMARY KEY, record BLOB NOT NULL);
+    """,
+    """
+    CREATE TABLE pictures (trial INTEGER NOT NULL REFERENCES trials ON DELETE CASCADE, name TEXT NOT NULL, png BLOB NOT NULL);
+    CREATE INDEX pictures_by_trial ON pictures (trial);
     """,
 )
 
@@ -252,10 +256,18 @@ class Store:
 
     def add_figure(self, trial: int, figure: FigureEvent) -> None:
         """Write one figure of a running trial."""
+        self._stream("INSERT INTO figures VALUES (?, ?, ?, ?)", [trial, figure.name, _json(figure.coordinates), figure.value])
+
+    def add_picture(self, trial: int, picture: PictureEvent) -> None:
+        """Write one sheet of pictures of a running trial."""
+        self._stream("INSERT INTO pictures VALUES (?, ?, ?)", [trial, picture.name, picture.png])
+
+    def _stream(self, query: str, values: Sequence[Any]) -> None:
+        """Write a row that may be committed together with the next ones."""
         try:
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("INSERT INTO figures VALUES (?, ?, ?, ?)", [trial, figure.name, _json(figure.coordinates), figure.value])
+            self._db.execute(query, values)
             if time.monotonic() - self._committed > COMMIT_EVERY:
                 self._db.execute("COMMIT")
                 self._committed = time.monotonic()
@@ -298,6 +310,17 @@ class Store:
                         self._read(lambda number=value: _number(number), what),
                     )
                 )
+        return found
+
+    def pictures(self, specs: Iterable[TrialSpec]) -> dict[str, dict[str, bytes]]:
+        """name -> arm -> the sheet of the first of these trials that is done and has one."""
+        found: dict[str, dict[str, bytes]] = {}
+        for spec in specs:
+            query = (
+                "SELECT name, png FROM pictures JOIN trials ON trials.id = trial WHERE key = ? AND status = 'done' ORDER BY pictures.rowid"
+            )
+            for name, png in self._select(query, [spec.key]):
+                found.setdefault(self._read(lambda text=name: plain(text), "a picture's name"), {}).setdefault(spec.arm, bytes(png))
         return found
 
     def trials(self, slug: str | None = None) -> list[StoredTrial]:

@@ -20,6 +20,7 @@ import msgspec
 from fewer.errors import UserError
 from fewer.plain import plain_all
 from fewer.study.declaration import Scale, Study
+from fewer.study.pictures import are_pictures, sheet
 
 Status = Literal["done", "failed", "out of memory", "timed out", "killed", "pruned"]
 
@@ -59,6 +60,13 @@ class ProgressEvent(Event, tag="progress"):
     text: str
 
 
+class PictureEvent(Event, tag="picture"):
+    """A sheet of pictures that the trial made."""
+
+    name: str
+    png: bytes
+
+
 class NoteEvent(Event, tag="note"):
     name: str
     text: str
@@ -83,7 +91,7 @@ class FinishedEvent(Event, tag="finished"):
     user_error: bool = False  # the error is one line for the user, who can mend it
 
 
-AnyEvent = FigureEvent | ProgressEvent | NoteEvent | ReportEvent | ObjectiveEvent | FinishedEvent
+AnyEvent = FigureEvent | PictureEvent | ProgressEvent | NoteEvent | ReportEvent | ObjectiveEvent | FinishedEvent
 Emit = Callable[[AnyEvent], None]
 encode = msgspec.json.Encoder().encode
 
@@ -133,6 +141,17 @@ class Trial:
     def note(self, name: str, text: str) -> None:
         """Keep a line of words with the trial (where a figure comes from, what was done differently)."""
         self._emit(NoteEvent(name, text))
+
+    def show(self, images: Any, name: str = "samples", *, span: tuple[float, float] = (-1.0, 1.0)) -> None:
+        """Keep a sheet of the first 64 images, which the report shows beside those of the same name that other arms made.
+
+        Args:
+            images: [N, H, W], [N, 1, H, W] or [N, 3, H, W]; of another shape (latents) nothing is kept.
+            name: what they are, in words.
+            span: the values of black and of white.
+        """
+        if are_pictures(tuple(images.shape)) and not self.tuning:
+            self._emit(PictureEvent(name, sheet(images, span)))
 
     def progress(self, done: float, total: float, text: str = "") -> None:
         """Say how far the trial is."""

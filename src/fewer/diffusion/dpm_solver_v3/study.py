@@ -87,8 +87,9 @@ def measure(job: Task, trial: Trial, solver: Callable[[str, Statistics], Solve])
     digits = load_digits_diffusion(job.kind)
     flow = digits_flow(digits)
     noise = flow.noise(JUDGED, *digits.shape, generator=torch.Generator().manual_seed(2000 + trial.seed))
-    ours = digits.features(solver("images", problems["images"][1])(flow, noise, JUDGED_CALLS))
-    trial.log("frechet", frechet_distance(ours, digits.features(digits.data("test")[0][:2000])))
+    images = solver("images", problems["images"][1])(flow, noise, JUDGED_CALLS)
+    trial.show(images, f"images after {JUDGED_CALLS} calls")
+    trial.log("frechet", frechet_distance(digits.features(images), digits.features(digits.data("test")[0][:2000])))
 
 
 Options = Callable[[int], dict[str, Any]]  # network calls -> settings of the solver

@@ -80,6 +80,7 @@ def judge(made: Digits, trial: Trial, sample: Sample, calls: float) -> None:
 
 
 def report(made: Digits, trial: Trial, images: torch.Tensor) -> None:
+    trial.show(images, "pictures")
     trial.log("accuracy", made.accuracy(images))
     trial.log("frechet", frechet_distance(made.model.features(images), made.model.features(made.images)))
     trial.log("energy", high_energy(images) / high_energy(made.images))
@@ -104,6 +105,7 @@ def picture(own: Own, trial: Trial, config: FreCaSConfig, enlarged: int = 0) -> 
         images = own.pictures(config, trial.seed, trial.device)
     if enlarged:
         images = enlarge(images, (enlarged, enlarged))
+    trial.show(images, "pictures")
     trial.log("energy", high_energy(images) / float(torch.fft.fft2(images.double()).abs().square().mean()))
     trial.log("calls", cost(config) * config.stages[-1].grid[0] ** 2 / images.shape[-2] ** 2)
 

@@ -76,7 +76,10 @@ def judge(job: Task, trial: Trial, velocity: nn.Module) -> None:
     noise, test = torch.randn(JUDGED, *job.images.shape[1:], generator=draw).to(trial.device), job.test.to(trial.device)
     for calls in CALLS:
         for update in UPDATES if calls > 2 else UPDATES[:1]:  # the updates are one for 1 and 2 calls
-            log_distances(job, trial, sample(velocity, noise, calls, "euler", update), calls, update)
+            images = sample(velocity, noise, calls, "euler", update)
+            log_distances(job, trial, images, calls, update)
+            if calls <= 2:
+                trial.show(images, f"images after {calls} call{'s' if calls > 1 else ''}")
     trial.log("straightness", straightness(velocity, noise[:500], STRAIGHT_STEPS))
     for calls in INVERSIONS:
         inverted = invert(velocity, test, calls, generator=draw)

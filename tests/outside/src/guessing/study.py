@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
+
 from fewer.errors import DataUnavailable, UserError
 from fewer.study import Curve, Difference, Figure, LogUniform, Study
 
@@ -59,6 +61,7 @@ def guess(kind, task, trial):
             trial.report(size, -abs(kind(sample) + shift - fmean(task.train)))
             trial.log("error", abs(kind(sample) + shift - fmean(task.train)), size=size)
     trial.objective(-abs(kind(task.train) + shift - fmean(task.train)))
+    trial.show(np.full((3, 2, 2), trial.seed / 10), "seeds")
     if not trial.tuning:
         trial.log("final", abs(kind(task.train) + shift - fmean(task.test)))
 
