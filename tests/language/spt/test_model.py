@@ -22,8 +22,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fewer.language.spt import attention
+from fewer.language.spt.attention import CachedCodes
 from fewer.language.spt.model import SPTConfig, SPTModel, get_spt_model
 from fewer.language.spt.peers import chosen_by, true_keys
+from fewer.language.spt.quantizer import ProductQuantizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -114,6 +117,77 @@ def test_writing_with_a_cache_is_reading_at_once_where_rows_keep_their_own_share
         out = model(input_ids=IDS[:, token : token + 1], cache=out.cache, use_cache=True)
         pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def written(model: Any, **words: Any) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """(what a model writes, (vectors it encoded, keys it saw) at each call of an attention)."""
+    seen: list[tuple[int, int]] = []
+    given: dict[str, Any] = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(IDS)} | words
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProductQuantizer, "encode", counting(ProductQuantizer.encode, seen))
+        patch.setattr(attention, "lookup", seeing(attention.lookup, seen))
+        return model.generate(input_ids=IDS, **given), seen
+
+
+def counting(encode: Any, seen: list[tuple[int, int]]) -> Any:
+    def counted(self: ProductQuantizer, z: torch.Tensor) -> torch.Tensor:
+        seen.append((z.shape[2], 0))
+        return encode(self, z)
+
+    return counted
+
+
+def seeing(lookup: Any, seen: list[tuple[int, int]]) -> Any:
+    def seen_by(q_codes: torch.Tensor, k_codes: torch.Tensor, *rest: Any, **words: Any) -> Any:
+        (of_q, _), (of_k, _) = seen.pop(), seen.pop()
+        seen.append((of_q + of_k, k_codes.shape[2]))
+        return lookup(q_codes, k_codes, *rest, **words)
+
+    return seen_by
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("words", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_step_with_a_cache_encodes_new_keys_alone(family: str, words: dict[str, Any]) -> None:
+    model = make(family)
+    out, seen = written(model, **words)
+    assert [each[0] for each in seen] == [2 * 19] * 2 + [2] * 2 * 8  # a prompt's queries and keys, then one of each
+    assert seen[-1][1] == (6 if family == "mistral" else 19 + 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CachedCodes, "codes_of", lambda self, k, new, quantizer: quantizer.encode(k))
+        anew, all_of_them = written(model, **words)
+    assert torch.equal(out, anew)
+    assert sum(each[0] for each in all_of_them) > sum(each[0] for each in seen)
+
+
+@torch.no_grad()
+def test_codes_go_where_a_caches_keys_go() -> None:
+    """Cropped, repeated, chosen rows, a copy, other code books: what follows is as without kept codes."""
+    model = make("llama", keep_per="row")
+    cache = model(input_ids=IDS[:2, :12], use_cache=True).cache
+    for change in (
+        lambda: cache.crop(-3),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.reorder_cache(torch.tensor([3, 2, 0, 1])),
+        lambda: cache.batch_select_indices(torch.tensor([1, 2])),
+    ):
+        change()
+    ids = IDS[[1, 0], :9]
+    for more in ([[5, 6, 7]] * 2, [[8], [9]]):
+        copied, new = copy.deepcopy(cache), torch.tensor(more)
+        ids = torch.cat([ids, new], dim=1)
+        whole = model(input_ids=ids, use_cache=False).logits[:, -new.shape[1] :]
+        for each in (copied, cache):
+            torch.testing.assert_close(model(input_ids=new, cache=each, use_cache=True).logits, whole, atol=1e-5, rtol=1e-5)
+        assert all(layer.codes.shape[:3] == layer.keys.shape[:3] for layer in cache.layers)
+    for each in model.attentions:
+        each.quantizer.codebook.normal_()
+    new = torch.tensor([[11], [12]])
+    kept = [layer.codes for layer in cache.layers]
+    model(input_ids=new, cache=cache, use_cache=True)
+    assert not any(torch.equal(layer.codes[:, :, :-1], old) for layer, old in zip(cache.layers, kept, strict=True))
+    cache.reset()
+    torch.testing.assert_close(model(input_ids=IDS, cache=cache, use_cache=True).logits, model(input_ids=IDS, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -1,19 +1,26 @@
 """Attention over the keys that a lookup kept: values and indices of n K entries a head are stored, and no tensor of n x n ever.
 
+With the module that chooses them by codes, and the codes of a key-value cache's keys.
+
 Source: SPT, arXiv 2312.10365: a = clamp(q.k / sqrt(d), -10, 10), softmax over the kept entries; the clamp stands for subtracting the largest.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from fewer.language.spt.quantizer import CSR
+from fewer.language.spt.quantizer import CSR, ProductQuantizer, lookup
+
+if TYPE_CHECKING:
+    from fewer.language.spt.model import SPTConfig
 
 
 def sparse_attention(
@@ -108,3 +115,126 @@ def _of_head(csr: CSR, b: int, h: int) -> tuple[np.ndarray, np.ndarray, slice]:
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [each.detach().numpy() for each in tensors]
+
+
+class SparseAttention(nn.Module):
+    """The code book of an attention layer and what it found last; attached to the layer as `spt`.
+
+    Attributes:
+        beside: the cache's layer that this pass's keys come from, for their codes; None without a cache.
+        watched: where it is a list, (q, k, csr, mask, window) of each pass goes into it.
+        loss: the code books' loss of the last pass in training mode.
+    """
+
+    def __init__(self, head_dim: int, config: SPTConfig) -> None:
+        super().__init__()
+        self.quantizer, self.config = ProductQuantizer(head_dim, config.codeword_dim, config.codewords), config
+        self.beside: CachedCodes | None = None
+        self.watched: list[tuple[Any, ...]] | None = None
+        self.loss: Tensor | None = None
+        self.stored_bytes = 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
+        config = self.config
+        if self.training:
+            self.loss = self.quantizer.loss(q, config.detach) + self.quantizer.loss(k, config.detach)
+        csr = self.choose(q, k, mask, window)
+        self.beside = None
+        self.stored_bytes = len(csr.indices) * (csr.indices.element_size() + max(4, q.element_size()))
+        if self.watched is not None:
+            self.watched.append((q.detach(), k.detach(), csr, mask, window))
+        return sparse_attention(q, k, v, csr, config.clamp, scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"loss": None, "beside": None}  # it has a graph, which no copy can have
+
+    def choose(self, q: Tensor, k: Tensor, mask: Tensor | None, window: int | None) -> CSR:
+        """The keys that are kept: those whose codes agree most."""
+        config, quantizer = self.config, self.quantizer
+        k_codes = quantizer.encode(k) if self.beside is None else self.beside.codes_of(k, q.shape[2], quantizer)
+        words: dict[str, Any] = {"keep_per": config.keep_per, "tie": config.tie, "window": window}
+        return lookup(quantizer.encode(q), k_codes, config.attention_keep, True, mask, **words)
+
+
+# Codes beside a key-value cache
+
+
+class CachedCodes:
+    """What a layer of a transformers cache has besides: its keys' codes, which go where the keys go, so that a step encodes new keys alone.
+
+    Attributes:
+        codes: [B, G, t, M] of the newest keys.
+        book: the code book that they are of; with another one they are made anew.
+    """
+
+    codes: Tensor | None = None
+    book: Tensor | None = None
+
+    def codes_of(self, k: Float[Tensor, "B G t d"], new: int, quantizer: ProductQuantizer) -> UInt8[Tensor, "B G t M"]:
+        """The codes of a pass's keys, the last `new` of which no pass had before."""
+        old, book = k.shape[2] - new, quantizer.codebook
+        if self.codes is None or self.book is None or self.codes.shape[2] < old or not _alike(self.book, book):
+            self.codes, self.book = quantizer.encode(k), book.detach().clone()
+        else:
+            known = self.codes[:, :, self.codes.shape[2] - old :]
+            self.codes = torch.cat([known, quantizer.encode(k[:, :, old:])], dim=2)
+        return self.codes
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.codes is not None:
+            self.codes = change(self.codes)
+
+    def reset(self) -> None:
+        super().reset()  # pyright: ignore[reportAttributeAccessIssue]
+        self.codes = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportAttributeAccessIssue]
+        self._change(lambda codes: codes.index_select(0, beam_idx.to(codes.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # pyright: ignore[reportAttributeAccessIssue]
+        if tokens_to_remove:
+            self._change(lambda codes: codes[:, :, : -abs(tokens_to_remove)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # pyright: ignore[reportAttributeAccessIssue]
+        self._change(lambda codes: codes.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # pyright: ignore[reportAttributeAccessIssue]
+        self._change(lambda codes: codes[indices])
+
+
+class CodedLayer(CachedCodes, DynamicLayer):
+    """A cache's layer of all keys, and their codes."""
+
+
+class CodedWindowLayer(CachedCodes, DynamicSlidingWindowLayer):
+    """A cache's layer of a sliding window's keys, and their codes."""
+
+
+CODED: dict[type, type] = {DynamicLayer: CodedLayer, DynamicSlidingWindowLayer: CodedWindowLayer}
+
+
+def keep_codes(module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> None:
+    """Before an attention's pass: let its layer of the cache, if there is one, hold codes too.
+
+    A cache of another kind (quantised, whose old keys change) holds none: all its keys are encoded at each step.
+    """
+    own, cache, number = cast(Any, module).spt, words.get("cache"), cast(Any, module).layer_idx
+    own.beside = None
+    if cache is None:
+        return
+    while len(cache.layers) <= number and cache.layer_class_to_replicate is not None:  # as its update would
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[number]
+    if type(layer) in CODED:
+        plain, layer = layer, object.__new__(CODED[type(layer)])
+        layer.__dict__.update(plain.__dict__)
+        cache.layers[number] = layer
+    own.beside = layer if isinstance(layer, CachedCodes) else None
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)

@@ -25,8 +25,8 @@ from fewer.errors import require
 from fewer.files import made_whole, model_digest, read_json, read_weights
 from fewer.fitting import evaluating, fit_steps
 from fewer.language._shared.structure import structure_of
-from fewer.language.spt.attention import sparse_attention
-from fewer.language.spt.quantizer import CSR, Keep, ProductQuantizer, Tie, lookup, recall_and_mass
+from fewer.language.spt.attention import SparseAttention, keep_codes
+from fewer.language.spt.quantizer import Keep, ProductQuantizer, Tie, recall_and_mass
 from fewer.language.spt.routed import RoutedFFN, RoutedGatedFFN
 
 CONFIG, WEIGHTS = "spt_config.json", "adapter.safetensors"
@@ -81,41 +81,6 @@ class SPTConfig:
             raise ValueError(f"clamp is {self.clamp}; expected a number above 0, or None")
 
 
-class SparseAttention(nn.Module):
-    """The code book of an attention layer and what it found last; attached to the layer as `spt`.
-
-    Attributes:
-        watched: where it is a list, (q, k, csr, mask, window) of each pass goes into it.
-        loss: the code books' loss of the last pass in training mode.
-    """
-
-    def __init__(self, head_dim: int, config: SPTConfig) -> None:
-        super().__init__()
-        self.quantizer, self.config = ProductQuantizer(head_dim, config.codeword_dim, config.codewords), config
-        self.watched: list[tuple[Any, ...]] | None = None
-        self.loss: Tensor | None = None
-        self.stored_bytes = 0
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
-        config = self.config
-        if self.training:
-            self.loss = self.quantizer.loss(q, config.detach) + self.quantizer.loss(k, config.detach)
-        csr = self.choose(q, k, mask, window)
-        self.stored_bytes = len(csr.indices) * (csr.indices.element_size() + max(4, q.element_size()))
-        if self.watched is not None:
-            self.watched.append((q.detach(), k.detach(), csr, mask, window))
-        return sparse_attention(q, k, v, csr, config.clamp, scale)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"loss": None}  # it has a graph, which no copy can have
-
-    def choose(self, q: Tensor, k: Tensor, mask: Tensor | None, window: int | None) -> CSR:
-        """The keys that are kept: those whose codes agree most."""
-        config, encode = self.config, self.quantizer.encode
-        words: dict[str, Any] = {"keep_per": config.keep_per, "tie": config.tie, "window": window}
-        return lookup(encode(q), encode(k), config.attention_keep, True, mask, **words)
-
-
 def spt_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **words: Any
 ) -> tuple[Tensor, None]:
@@ -125,7 +90,8 @@ def spt_attention(
         raise NotImplementedError(
             f"{type(module).__name__} is no causal self-attention with a code book; expected a model that get_spt_model made: use another attn_implementation"
         )
-    if not (query.isfinite().all() and key.isfinite().all()):
+    new = key[:, :, -query.shape[2] :]  # a cache's keys were new once
+    if not (query.isfinite().all() and new.isfinite().all()):
         raise ValueError(
             f"queries or keys of layer {getattr(module, 'layer_idx', '?')} are not finite; expected numbers: look at the input, or lower the learning rate"
         )
@@ -210,6 +176,7 @@ class SPTModel(nn.Module):
             for layer in self.structure.layers:
                 attention: Any = model.get_submodule(self.structure.path(layer, "self_attn"))
                 attention.spt = SparseAttention(self.structure.head_dim, config).to(_place(model))
+                attention.register_forward_pre_hook(keep_codes, with_kwargs=True)
             cast(Any, model).set_attn_implementation("spt")
 
     def _route(self) -> None:
