@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
+import resource
 import shutil
 import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ from fewer.control import PredictiveController, UnsupportedLayer, compile_contro
 from fewer.control._shared.emulator import controller_setup, cortex_m4_instructions, missing_tools, network_setup
 from fewer.control._shared.toolchain import STRICT
 from fewer.control.smart_composites.problems import CASES, LastStep
+from fewer.control.smart_composites.to_c import compiler
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parents[3]
 
 
 def test_weights_in_the_text_are_the_tensors_bit_for_bit_and_the_text_is_the_same_each_time(tmp_path):
@@ -270,16 +270,25 @@ def test_a_write_that_fails_midway_leaves_what_was_there_before(tmp_path):
     old = compile_to_c(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "old")
     before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
     assert {file.name for file in old.files} < set(before)
-    code = (
-        "import resource, sys, torch; from torch import nn; from fewer.control import compile_to_c\n"
-        "from fewer.control.smart_composites.to_c import compiler; compiler.sizes_of = lambda texts: None\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "for folder in ('old', 'a/new'):\n"
-        "    try: compile_to_c(nn.Linear(64, 64), torch.zeros(1, 64), folder, overwrite=True)\n"
-        "    except OSError as error: print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.count("File too large") == 2, done.stderr
+    context = multiprocessing.get_context("fork")  # nothing is imported again
+    ours, theirs = context.Pipe()
+
+    def with_little_room() -> None:
+        compiler.sizes_of = lambda texts: None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for folder in ("old", "a/new"):
+            try:
+                compile_to_c(nn.Linear(64, 64), torch.zeros(1, 64), tmp_path / folder, overwrite=True)
+            except OSError as error:
+                theirs.send(str(error))
+
+    child = context.Process(target=with_little_room)
+    child.start()
+    child.join(100)
+    theirs.close()
+    for _ in range(2):
+        assert "File too large" in ours.recv()
+    assert child.exitcode == 0
     assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
     assert [each.name for each in tmp_path.iterdir()] == ["old"]
 
@@ -293,17 +302,16 @@ def test_without_a_compiler_the_text_is_written_and_build_says_what_to_install(t
 
 
 def test_the_verb_writes_c_and_refuses_in_one_line(fewer, tmp_path):
-    here = {"PYTHONPATH": str(ROOT / "src")}
     torch.export.save(torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), (torch.zeros(1, 3),)), tmp_path / "m.pt2")
-    said = json.loads(fewer("compile-c", "m.pt2", "--out", "c", "--name", "arm", "--test", "--json", **here).stdout)
+    said = json.loads(fewer("compile-c", "m.pt2", "--out", "c", "--name", "arm", "--test", "--json").stdout)
     assert said["macs"] == 12
     assert {".fewer.json", "arm.h", "arm.c", "arm_test.c", "CMakeLists.txt", "library.json", "README.md"} == {
         each.name for each in (tmp_path / "c").iterdir()
     }
-    done = fewer("compile-c", "m.pt2", "--out", "c", status=2, **here)
+    done = fewer("compile-c", "m.pt2", "--out", "c", status=2)
     assert "is not empty" in done.stderr
     assert done.stderr.count("\n") == 1
     (tmp_path / "m.h5").write_text("")
-    assert "Keras HDF5" in fewer("compile-c", "m.h5", "--out", "d", status=2, **here).stderr
+    assert "Keras HDF5" in fewer("compile-c", "m.h5", "--out", "d", status=2).stderr
     assert not (tmp_path / "d").exists()
-    assert "dependency-free C" in " ".join(fewer("show", "smart-composites", **here).stdout.split())
+    assert "dependency-free C" in " ".join(fewer("show", "smart-composites").stdout.split())

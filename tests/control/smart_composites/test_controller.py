@@ -23,8 +23,10 @@ from fewer.control import (
     tune_pid,
     van_der_pol,
 )
-from fewer.control._shared.toolchain import STRICT, build_library
+from fewer.control._shared.toolchain import STRICT
+from fewer.control.smart_composites.controller_c import compiled as controller_c
 from fewer.control.smart_composites.newton import newton_step
+from fewer.control.smart_composites.to_c import compiler
 
 torch.set_num_threads(1)
 
@@ -42,6 +44,22 @@ def two_by_two(**settings) -> PredictiveController:
         "bounds": (-1.0, [1.0, 2.0]),
     } | settings
     return PredictiveController(model_of(2 * 3 + 2 * 2, 2), (2, 6), 3, sharpness=1e-2, past_inputs=2, past_outputs=1, **given)
+
+
+@pytest.fixture(scope="module")
+def as_c(tmp_path_factory):
+    """`as_c(**settings)`: that controller in C (double), just reset; compiled once for all tests that ask for it, and not measured."""
+    made = {}
+
+    def compiled(**settings):
+        if str(settings) not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(compiler, "sizes_of", lambda texts: None)
+                made[str(settings)] = compile_controller(two_by_two(**settings), tmp_path_factory.mktemp("c"), dtype="double")
+        made[str(settings)].reset()
+        return made[str(settings)]
+
+    return compiled
 
 
 def started(controller: PredictiveController, rng: np.random.Generator) -> np.ndarray:
@@ -150,11 +168,14 @@ def test_gauss_newton_leaves_out_second_derivatives_of_the_model_alone():
 
 
 @pytest.mark.parametrize("gauss_newton", [False, True])
-def test_the_c_controller_does_what_the_python_one_does_for_500_steps(gauss_newton, tmp_path):
+def test_the_c_controller_does_what_the_python_one_does_for_500_steps(gauss_newton, tmp_path, monkeypatch):
+    """The one in double as it is compiled for the sanitizer of undefined behaviour; what is built without is run by the tests below."""
+    monkeypatch.setattr(compiler, "sizes_of", lambda texts: None)
     controller = two_by_two(gauss_newton=gauss_newton, max_iter=2)
-    compiled = compile_controller(controller, tmp_path, name="arm", dtype="double")
-    build_library(compiled.sources, tmp_path / "strict.so", ("-O2", "-fsanitize=undefined"))
     in_float = compile_controller(controller, tmp_path / "f", name="arm")
+    in_float.build()
+    monkeypatch.setattr(controller_c, "FAST", ("-O2", "-fsanitize=undefined"))
+    compiled = compile_controller(controller, tmp_path / "d", name="arm", dtype="double")
     rng, y = np.random.default_rng(0), np.zeros(2)
     for step in range(500):
         reference = 0.5 * np.stack([np.sin(0.1 * (step + np.arange(6))), np.cos(0.07 * (step + np.arange(6)))], axis=1)
@@ -164,9 +185,8 @@ def test_the_c_controller_does_what_the_python_one_does_for_500_steps(gauss_newt
         y = 0.8 * y + 0.2 * u + 0.01 * rng.standard_normal(2)
 
 
-def test_y_that_is_not_finite_holds_the_last_input_warns_and_counts(tmp_path):
-    controller, reference = two_by_two(), np.ones((6, 2))
-    compiled = compile_controller(controller, tmp_path, dtype="double")
+def test_y_that_is_not_finite_holds_the_last_input_warns_and_counts(as_c):
+    controller, reference, compiled = two_by_two(gauss_newton=False), np.ones((6, 2)), as_c(gauss_newton=False)
     u = controller.step([0.0, 0.0], reference)
     compiled.step([0.0, 0.0], reference)
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -273,9 +293,8 @@ def test_strict_flags_are_the_ones_that_the_checks_name():
 
 @pytest.mark.parametrize("gauss_newton", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_one_bad_number_in_the_reference_holds_the_last_input_and_no_more(bad, gauss_newton, tmp_path):
-    controller, reference = two_by_two(gauss_newton=gauss_newton), np.ones((6, 2))
-    compiled = compile_controller(controller, tmp_path, dtype="double")
+def test_one_bad_number_in_the_reference_holds_the_last_input_and_no_more(bad, gauss_newton, as_c):
+    controller, reference, compiled = two_by_two(gauss_newton=gauss_newton), np.ones((6, 2)), as_c(gauss_newton=gauss_newton)
     u, _ = (each.step([0.0, 0.0], reference) for each in (controller, compiled))
     broken = reference.copy()
     broken[3, 1] = bad
@@ -291,9 +310,9 @@ def test_one_bad_number_in_the_reference_holds_the_last_input_and_no_more(bad, g
 
 
 @pytest.mark.parametrize("gauss_newton", [False, True])
-def test_numbers_too_large_to_compute_with_leave_u_where_it_was(gauss_newton, tmp_path):
-    controller, reference = two_by_two(gauss_newton=gauss_newton, bounds=None), np.ones((6, 2))
-    compiled = compile_controller(controller, tmp_path, dtype="double")
+def test_numbers_too_large_to_compute_with_leave_u_where_it_was(gauss_newton, as_c):
+    settings, reference = {"gauss_newton": gauss_newton, "bounds": None}, np.ones((6, 2))
+    controller, compiled = two_by_two(**settings), as_c(**settings)
     for wanted in (reference, 1e308 * reference, reference):
         with np.errstate(all="ignore"):
             u, v = controller.step([0.0, 0.0], wanted), compiled.step([0.0, 0.0], wanted)

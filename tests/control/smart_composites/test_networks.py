@@ -19,7 +19,7 @@ from fewer.control.smart_composites.to_c.compiler import network_of
 from fewer.control.smart_composites.to_c.text import DOUBLE, FLOAT
 
 torch.set_num_threads(1)
-SANITIZED = ("-O1", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZED = ("-O0", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ACTIVATIONS = [
     nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardsigmoid, nn.GELU,
     lambda: nn.GELU(approximate="tanh"), nn.Identity,

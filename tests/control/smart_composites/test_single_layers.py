@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fewer.control import PredictiveController, UnsupportedLayer, compile_controller, compile_to_c
-from fewer.control._shared.toolchain import STRICT
+from fewer.control._shared.toolchain import STRICT, build_library
+from fewer.control.smart_composites.to_c import compiler
 
 torch.set_num_threads(1)
 
@@ -37,39 +38,62 @@ ALONE = {
 }
 
 
-def strict(compiled, folder):
-    """No warning of the strictest flags, which the compiler's front end alone gives."""
-    sources = [str(file) for file in compiled.files if file.suffix == ".c"]
-    done = subprocess.run(["gcc", *STRICT, "-fsyntax-only", *sources], cwd=folder, capture_output=True, text=True)
+def strict(*compiled):
+    """No warning of the strictest flags, which the compiler's front end alone gives; one call of gcc for all, which names the file."""
+    sources = [str(file) for each in compiled for file in each.files if file.suffix == ".c"]
+    done = subprocess.run(["gcc", *STRICT, "-fsyntax-only", *sources], capture_output=True, text=True)
     assert not done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("settings", [{}, {"dtype": "double", "test": True}, {"dtype": "q15"}, {"quantize": "int8"}], ids=str)
+@pytest.fixture(scope="module", params=[{}, {"dtype": "double", "test": True}, {"dtype": "q15"}, {"quantize": "int8"}], ids=str)
+def alone(request, tmp_path_factory):
+    """How near to torch, and name -> (input, C): each layer alone with these settings, strict, all in one library.
+
+    Code and stack are measured of the plain ones alone: the settings change numbers, not what is measured.
+    """
+    settings, folder, made = request.param, tmp_path_factory.mktemp("alone"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        if settings:
+            patch.setattr(compiler, "sizes_of", lambda texts: None)
+        for name, (model, shape) in ALONE.items():
+            if name != "rnn":
+                torch.manual_seed(0)
+                x, own = torch.randn(1, *shape), name.replace("-", "_")
+                made[name] = x, compile_to_c(model.eval(), x, folder / own, name=own, **settings)
+    strict(*(compiled for _, compiled in made.values()))
+    (folder / "all.c").write_text("".join(f'#include "{compiled.source}"\n' for _, compiled in made.values()))
+    library = build_library([folder / "all.c"], folder / "all.so")
+    for _, compiled in made.values():
+        compiled.build = lambda: library
+    return 0.05 if "quantize" in settings else 1e-3 if settings.get("dtype") == "q15" else 1e-5, made
+
+
 @pytest.mark.parametrize("name", [name for name in ALONE if name != "rnn"])
-def test_a_layer_alone_is_strict_c_and_equals_torch(name, settings, tmp_path):
-    model, shape = ALONE[name]
-    torch.manual_seed(0)
-    x = torch.randn(1, *shape)
-    compiled = compile_to_c(model.eval(), x, tmp_path / "c", **settings)
-    strict(compiled, tmp_path)
-    wanted = model(x).detach().numpy()[0]
-    near = 0.05 if "quantize" in settings else 1e-3 if settings.get("dtype") == "q15" else 1e-5
+def test_a_layer_alone_is_strict_c_and_equals_torch(name, alone):
+    near, made = alone
+    x, compiled = made[name]
+    wanted = ALONE[name][0](x).detach().numpy()[0]
     assert np.abs(compiled.predict(x.numpy()) - wanted).max() <= near * max(1.0, float(np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("activation", [None, nn.Tanh, nn.Softplus, nn.GELU, nn.Sigmoid])
-@pytest.mark.parametrize("sizes", [(1, 1), (3, 2), (2, 20)])
-def test_a_layer_alone_has_strict_derivatives(sizes, activation, tmp_path):
-    model = nn.Sequential(nn.Linear(*sizes), *([activation()] if activation else []))
-    strict(compile_to_c(model, torch.zeros(1, sizes[0]), tmp_path / "c", derivatives=True), tmp_path)
+def test_a_layer_alone_has_strict_derivatives(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "sizes_of", lambda texts: None)
+    made = []
+    for sizes in ((1, 1), (3, 2), (2, 20)):
+        for activation in (None, nn.Tanh, nn.Softplus, nn.GELU, nn.Sigmoid):
+            model = nn.Sequential(nn.Linear(*sizes), *([activation()] if activation else []))
+            made.append(compile_to_c(model, torch.zeros(1, sizes[0]), tmp_path / f"c{len(made)}", derivatives=True))
+    strict(*made)
 
 
-@pytest.mark.parametrize("gauss_newton", [False, True])
-@pytest.mark.parametrize("bounds", [None, (-1, 1)])
-def test_a_controller_of_a_linear_layer_alone_is_strict_c(bounds, gauss_newton, tmp_path):
-    model = nn.Linear(2, 1).double()
-    controller = PredictiveController(model, (1, 1), 1, bounds=bounds, past_inputs=0, past_outputs=0, max_iter=1, gauss_newton=gauss_newton)
-    strict(compile_controller(controller, tmp_path / "c"), tmp_path)
+def test_a_controller_of_a_linear_layer_alone_is_strict_c(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "sizes_of", lambda texts: None)
+    model, made = nn.Linear(2, 1).double(), []
+    for bounds in (None, (-1, 1)):
+        for newton in ({"gauss_newton": False}, {"gauss_newton": True}):
+            controller = PredictiveController(model, (1, 1), 1, bounds=bounds, past_inputs=0, past_outputs=0, max_iter=1, **newton)
+            made.append(compile_controller(controller, tmp_path / f"c{len(made)}"))
+    strict(*made)
 
 
 def test_a_pruned_model_is_told_to_call_remove(tmp_path):
