@@ -72,6 +72,26 @@ def test_kernels_agree_for_any_sizes(tokens, experts, size, seed):
 
 
 @torch.no_grad()
+def test_a_token_is_multiplied_row_by_row_unless_it_learns(monkeypatch):
+    layer = layer_of(torch.float32, kernel="sparse")
+    x = tokens_of(1, layer)
+    wanted = by_definition(layer, x)
+    wanted.sum().backward()
+    expected = layer.up_proj.grad.clone()
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert torch.allclose(layer.up_proj.grad, expected, atol=1e-5)
+    monkeypatch.setattr("fewer.language.block_ffn.layer.over_active_experts", None)
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with torch.no_grad():
+            assert torch.allclose(layer(x), wanted, atol=1e-5)
+    with pytest.raises(TypeError):
+        layer(x)
+    with torch.no_grad(), pytest.raises(TypeError):
+        layer.to(torch.bfloat16)(x.bfloat16())
+
+
 @pytest.mark.parametrize("kernel", ["sparse", "union"])
 def test_the_weights_of_inactive_experts_are_never_read(kernel):
     layer = layer_of(kernel=kernel)

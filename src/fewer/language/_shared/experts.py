@@ -100,6 +100,28 @@ def over_active_experts(
     return y
 
 
+def of_one_token(
+    x: Float[Tensor, "1 d"],
+    gates: Float[Tensor, "1 E"],
+    active: Bool[Tensor, "1 E"],
+    up: Float[Tensor, "E e d"],
+    act: Callable[[Tensor], Tensor],
+    down: Float[Tensor, "E e d"],
+) -> Float[Tensor, "1 d"]:
+    """`over_active_experts` for a single token on a CPU, hidden_i(x) = act(up_i x), without a gradient: at the pace of memory.
+
+    Both maps are read row by row: dot products with the rows of up, and a weighted sum of the rows of down.
+    """
+    from fewer.language._shared.row_kernels import row_products
+
+    size, threads = down.shape[1], torch.get_num_threads()
+    chosen = active[0].nonzero()[:, 0]
+    hidden = act(row_products(up, chosen, x[0])) * gates[0, chosen, None]
+    rows = (size * chosen[:, None] + torch.arange(size)).flatten()
+    shares = torch.arange(threads) * len(rows) // threads  # a bag is a thread's
+    return F.embedding_bag(rows, down.flatten(0, 1), shares, mode="sum", per_sample_weights=hidden.flatten()).sum(0, keepdim=True)
+
+
 def triton_kernel(weight: Tensor) -> Callable[..., Tensor]:
     """`expert_kernels.union_experts`; RuntimeError where Triton cannot run on a weight's device."""
     if not (weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewer.checks import check_choice, check_positive, check_whole
-from fewer.language._shared.experts import over_active_experts, triton_kernel
+from fewer.language._shared.experts import of_one_token, over_active_experts, triton_kernel
 
 Kernel = Literal["auto", "dense", "sparse", "union", "triton"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -29,6 +29,11 @@ def root_mean_square_norm(positive: Float[Tensor, "... E"], eps: float = 1e-5) -
     """A1 / sqrt(mean_i(A1_i^2) + eps), the mean over all experts, inactive ones too; in float32 at least."""
     wide = at_least_single(positive)
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+def elsewhere(x: Tensor) -> bool:
+    """Whether products are not the CPU's own, in the tensors' own type."""
+    return x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
 
 
 class RouterNorm(nn.Module):
@@ -146,8 +151,10 @@ class BlockFFN(nn.Module):
                 return torch.cat(
                     [self.mix(*token, "union") for token in zip(x.split(1), gates.split(1), active.split(1), strict=True)] or [x]
                 )
-        up, down = self.blocks()
-        return over_active_experts(x, gates, active, lambda x, expert: ACTIVATIONS[self.activation](x @ up[expert].T), down)
+        (up, down), act = self.blocks(), ACTIVATIONS[self.activation]
+        if len(x) == 1 and x.dtype in (torch.float32, torch.float64) and x.dtype == up.dtype and not (self._learns(x) or elsewhere(x)):
+            return of_one_token(x, gates, active, up, act, down)
+        return over_active_experts(x, gates, active, lambda x, expert: act(x @ up[expert].T), down)
 
     def blocks(self) -> tuple[Float[Tensor, "E e d"], Float[Tensor, "E e d"]]:
         """(up, down): each expert's weights as one contiguous piece. What has laid down_proj out otherwise (a file that was read) is undone."""
@@ -157,12 +164,13 @@ class BlockFFN(nn.Module):
         return self.up_proj.view(shape), self.down_proj.T.view(shape)
 
     def _quickest(self, x: Tensor, active: Tensor) -> Kernel:
-        learning = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in self.parameters()))
-        elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         entries = self.expert_size * self.hidden_size
-        if learning or elsewhere or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
+        if self._learns(x) or elsewhere(x) or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
             return "dense"
         return "union" if active.any(0).float().mean() <= MOST_ACTIVE else "dense"
+
+    def _learns(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"router_logits": None}  # it has a graph, which no copy can have
