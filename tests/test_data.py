@@ -355,3 +355,24 @@ def test_figures_of_a_machine_are_measured_once_and_again_where_the_file_is_none
         file.write_text(text)
         assert ask() == made[-1]
     assert len(made) == 5
+
+
+@pytest.mark.parametrize("within", ["no_grad", "inference_mode"])
+def test_what_is_made_once_is_made_alike_whoever_asks(tmp_path, within):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    from fewer.data.made_once import WEIGHTS, made_once
+
+    def train(folder):
+        weight = torch.ones(3, requires_grad=True)
+        (weight * torch.randn(3)).sum().backward()  # as those that train a network
+        save_file({"grad": weight.grad}, folder / WEIGHTS)
+
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    with getattr(torch, within)():
+        folder = made_once(tmp_path / "made", train)
+        assert torch.equal(torch.randn(3), expected), "the caller's random numbers are not used up"
+    assert torch.equal(load_file(folder / WEIGHTS)["grad"], expected)

@@ -223,7 +223,8 @@ def record(slug: SLUG, quiet: QUIET = False) -> None:
         with progress.RunProgress(quiet=quiet) as observer:
             outcome = room.run(plan, opened, room.LocalEngine(plan.jobs), observer)
     if outcome.failed:
-        raise WorkFailed(f"a record needs every trial, and some failed: {outcome.failed}")
+        first, why = next(iter(outcome.failed.items()))
+        raise WorkFailed(f"a record needs every trial, and {len(outcome.failed)} failed; the first is {first}: {why.splitlines()[-1]}")
     made = msgspec.structs.replace(make_record(outcome, races), commit=commit)
     file = write_record(made, Path(card.folder))
     console().print(terminal.run_view(made))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,7 +47,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     Args:
         folder: as `folder_of` names it.
         make: writes `model.safetensors` and whatever goes with it into the folder that it is given. That folder stays where it breaks off,
-            so that it may go on from what it has written. Several processes that ask at once have it made once.
+            so that it may go on from what it has written. It comes to the same whoever asks: also within `torch.no_grad()`. Several processes that ask at once have it made once.
     """
     if is_whole(folder):
         return folder
@@ -54,10 +56,22 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         if not is_whole(folder):
             part = folder.with_suffix(".part")
             part.mkdir(exist_ok=True)
-            make(part)
+            with by_itself():
+                make(part)
             (part / "DONE").write_text(checksum(part / WEIGHTS))
             swap_in(part, folder)
     return folder
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """The block takes gradients though the caller takes none, and uses up none of the caller's random numbers."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def measured_once(
