@@ -17,8 +17,10 @@ from fewer.devices import choose_device
 from fewer.errors import UserError, require
 from fewer.report.terminal import races_table
 from fewer.study import (
+    Bars,
     Bench,
     Choice,
+    Curve,
     Estimate,
     Figure,
     LocalEngine,
@@ -28,6 +30,7 @@ from fewer.study import (
     Scale,
     Store,
     Study,
+    Tradeoff,
     Uniform,
     Verdict,
     judge,
@@ -130,6 +133,12 @@ def test_nan_is_kept_as_nan_and_never_averaged(store):
     record = make_record(outcome)
     assert record.figures["final"]["mean"] == [({}, [None, None])]
     assert math.isnan(record.results().curve("final", "mean")[()][0])
+
+
+def test_a_record_has_charts_of_what_an_arm_logged(store, monkeypatch):
+    drawn = [Curve("error", over="size"), Tradeoff("unknown", "final"), Bars(("final", "unknown"))]
+    monkeypatch.setattr(guessing, "charts", [*drawn, Curve("unknown", over="size"), Bars(("unknown",))])
+    assert make_record(run_guessing(store, seeds=1)).charts == drawn
 
 
 def test_trouble_with_data_is_told_once_before_any_arm_runs(store):

@@ -14,7 +14,7 @@ from fewer.errors import UserError
 from fewer.files import whole_file
 from fewer.plain import plain_all
 from fewer.study.environment import commit
-from fewer.study.figures import Chart, Figure
+from fewer.study.figures import Bars, Chart, Figure, Tradeoff
 from fewer.study.races import RaceOutcome
 from fewer.study.results import Results, Row
 from fewer.study.runner import Outcome
@@ -105,10 +105,22 @@ def make_record(outcome: Outcome, races: Sequence[RaceOutcome] = ()) -> Record:
         races=list(races),
         failed={trial: why.splitlines()[0].split("Traceback")[0] + why.splitlines()[-1] for trial, why in outcome.failed.items()},
         shown=list(plan.study.figures),
-        charts=list(plan.study.charts),
+        charts=[each for each in plan.study.charts if _has_figures(each, outcome.results)],
         figures=_figures(outcome.results),
         pictures=outcome.pictures,
     )
+
+
+def _has_figures(chart: Chart, results: Results) -> bool:
+    """Whether an arm logged one of the figures that a chart draws (a scale, or a part of a study, may have none of them)."""
+    match chart:
+        case Bars(figures=names):
+            drawn = set(names)
+        case Tradeoff(quality=quality, cost=cost):
+            drawn = {quality, cost}
+        case _:
+            drawn = {chart.figure}
+    return bool(drawn & set(results.figures))
 
 
 def _figures(results: Results) -> dict[str, dict[str, list[tuple[dict[str, Any], list[float | None]]]]]:

@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 
-import numpy as np
 import pytest
 import torch
+from toy_arm import Table
 
 from fewer.diffusion.flow_mle import FlowPolicy, problems
-from fewer.diffusion.flow_mle.problems import EPISODE, HOVER, Expert, demonstrations, episode, episode_seed, judged
+from fewer.diffusion.flow_mle.problems import (
+    EPISODE,
+    HOVER,
+    Expert,
+    Problem,
+    Robot,
+    Training,
+    demonstrations,
+    episode,
+    episode_seed,
+    judged,
+    regressed,
+)
+from fewer.diffusion.flow_mle.velocity import VelocityMLP
 from fewer.errors import MissingExtra
-
-
-class Table:
-    """An arm without weight: it moves by a twentieth of its action, and what lies between closed fingers goes with it."""
-
-    def __init__(self):
-        self.seeds = []
-
-    def reset(self, seed):
-        self.seeds.append(seed)
-        draw = np.random.default_rng(seed)
-        self.gripper, self.thing, self.goal = np.array([0, 0, 0.3]), np.append(draw.uniform(-0.2, 0.2, 2), 0.0), draw.uniform(-0.2, 0.2, 3)
-        return self.seen(), {}
-
-    def seen(self):
-        observation = np.concatenate([self.gripper, self.thing, np.zeros(19)])
-        return {"observation": observation, "desired_goal": self.goal, "achieved_goal": self.thing}
-
-    def step(self, action):
-        assert action.shape == (4,)
-        assert np.abs(action).max() <= 1
-        held = action[3] < 0 and np.linalg.norm(self.gripper - self.thing) < 0.012
-        self.gripper = self.gripper + action[:3] / 20
-        self.thing = self.gripper.copy() if held else self.thing
-        return self.seen(), 0.0, False, False, {}
 
 
 class Still:
@@ -90,6 +78,56 @@ def test_actors_are_judged_in_episodes_of_their_own_and_noise_is_the_seeds():
     noisy = [judged(table, Expert(), 20, action_noise=0.1, observation_noise=0.005) for _ in range(2)]
     assert good["distance"] < noisy[0]["distance"] == noisy[1]["distance"]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Watching(Still):
+    """An actor that does nothing and keeps what it is given."""
+
+    def __init__(self):
+        self.given = []
+
+    def act(self, state, generator=None):
+        self.given.append(state)
+        return super().act(state)
+
+
+def test_noise_of_observations_is_on_where_things_are():
+    actor = Watching()
+    run = episode(Table(), actor, 3, observation_noise=0.005)
+    off = torch.stack(actor.given) - run.states
+    assert bool((off[:, 9:] == 0).all())
+    assert torch.allclose(off[:, 6:9], off[:, 3:6] - off[:, :3], atol=1e-6)
+    assert 0.004 < float(off[:, :6].std()) < 0.006
+
+
+def test_a_robot_is_shown_what_to_do_once_and_policies_have_the_scales_of_that(cache, monkeypatch):
+    count, real = [0], problems.demonstrations
+    monkeypatch.setattr(problems, "demonstrations", lambda *given: count.__setitem__(0, count[0] + 1) or real(*given))
+    robot = Robot(Table, count=3, width=16)
+    (problem, policy), (again, _), (other, _) = (robot.lesson(seed) for seed in (5, 5, 6))
+    assert count[0] == 2
+    assert torch.equal(problem.train[0], again.train[0])
+    assert not torch.equal(problem.train[0], other.train[0])
+    seen, taken = real(Table(), 3, 5)
+    assert torch.equal(policy.pairs(seen, taken)[0], problem.train[0])
+    assert float(problem.train[0].abs().max()) <= 1 + 1e-6
+    assert torch.allclose(problem.train[1].std(0, correction=0).amax(), torch.ones(()), atol=0.05)
+    assert policy.field(torch.zeros(2), *(each[:2] for each in problem.train)).shape == (2, 32)
+
+
+def test_a_regression_answers_to_the_condition_alone_and_comes_to_what_is_expected():
+    draw = torch.Generator().manual_seed(0)
+    cond = torch.randn(400, 2, generator=draw)
+    wanted = cond @ torch.tensor([[0.5, -0.3], [0.2, 0.4]])
+    x1 = wanted + 0.05 * torch.randn(400, 2, generator=draw)
+    problem = Problem(
+        "line", (x1, cond), (x1, cond), lambda: VelocityMLP(2, 2, 16), lambda: VelocityMLP(2, 2, 16), Training(9, 64, 5e-3, 0.9), 4
+    )
+    policy = FlowPolicy(2, 2, horizon=1, obs_steps=1, width=16, steps=1)
+    policy.field = regressed(problem, 500, 0)
+    plans = [policy.plan(cond[:50, None], torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    assert torch.allclose(*plans, atol=1e-5)
+    assert float((plans[0][:, 0] - wanted[:50].clamp(-1, 1)).square().mean().sqrt()) < 0.05
 
 
 def test_what_is_not_installed_is_said(monkeypatch):

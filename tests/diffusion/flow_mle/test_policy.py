@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from fewer.diffusion.flow_mle import FineTuneConfig, FlowPolicy
+from fewer.diffusion.flow_mle import FineTuneConfig, FlowPolicy, odeint
 
 
 def demonstrations(count=200, horizon=4):
@@ -71,6 +71,17 @@ def test_a_policy_is_fitted_on_after_its_tuning_and_takes_any_precision(policy):
     assert not torch.equal(made.plan(obs, torch.Generator().manual_seed(0)), before)
 
 
+def test_a_policy_plans_by_the_solver_that_it_is_told_or_was_tuned_with(policy):
+    made, (obs, actions) = copy.deepcopy(policy), demonstrations(20)
+    made.steps, made.method = 3, "midpoint"
+    noise = torch.randn(20, 8, generator=torch.Generator().manual_seed(2))
+    chunk = odeint(made.field, noise, 3, method="midpoint", cond=made.condition(obs)).reshape(20, 4, 2).clamp(-1, 1)
+    expected = made.act_low + (chunk + 1) / 2 * (made.act_high - made.act_low)
+    assert torch.allclose(made.plan(obs, torch.Generator().manual_seed(2)), expected, atol=1e-6)
+    made.finetune(obs, actions, steps=1, config=FineTuneConfig(updates=1, method="rk4"))
+    assert (made.steps, made.method) == (1, "rk4")
+
+
 def test_demonstrations_that_are_not_finite_change_nothing():
     made, (obs, actions) = FlowPolicy(2, 2, horizon=4, width=8), demonstrations(5)
     obs[3] = float("nan")
@@ -105,6 +116,7 @@ def test_a_policy_is_a_module_like_any_other(policy):
         (lambda p: p.fit(torch.randn(3, 2, 2), torch.randn(3, 2, 2)), r"actions are \(3, 2, 2\); expected \[3, 4, 2\]"),
         (lambda p: FlowPolicy(2, 2, horizon=2, execute=3), "execute is 3 with a horizon of 2"),
         (lambda p: FlowPolicy(0, 2), "obs_dim is 0"),
+        (lambda p: FlowPolicy(2, 2, method="heun"), "method is 'heun'"),
     ],
 )
 def test_bad_words_are_refused(policy, act, said):

@@ -8,11 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from toy_arm import Table
 
 from fewer.diffusion.flow_mle import VelocityMLP, bench, load_finetuned, odeint, problems
 from fewer.diffusion.flow_mle import study as module
-from fewer.diffusion.flow_mle.problems import ImageField, Problem, Training
-from fewer.diffusion.flow_mle.study import K, Task, own, study
+from fewer.diffusion.flow_mle.problems import ImageField, Problem, Robot, Training
+from fewer.diffusion.flow_mle.study import K, Task, acting, own, study
 from fewer.errors import MissingExtra, UserError
 from fewer.study import Results, Scale, Trial
 from fewer.study.results import Row
@@ -21,15 +22,17 @@ from fewer.study.verdicts import judge
 from fewer.tasks.image_judges import judges_of
 
 ARMS = ("fm", "fm-longer", "ft-random", "ft-invert", "resft", "contracting")
+OF_THE_ARM = ("precise", "success", "distance", "nfe", "milliseconds")
 
 
 @pytest.fixture
 def small(cache, monkeypatch):
-    """Motions of 4 numbers and images of 3 x 3, seldom seen, and short training."""
+    """Motions of 4 numbers, images of 3 x 3 and an arm without weight, seldom seen, and short training."""
     for name, value in {
         "UPDATES": 3,
         "LONGER": 3,
         "NOISES": 2,
+        "CALLS": (1, 2, 4, 10),
         "TUNED": dict.fromkeys(("ft-invert", "ft-random", "resft"), ((1, 2), (4, 2))),
     }.items():
         monkeypatch.setattr(module, name, value)
@@ -39,35 +42,80 @@ def small(cache, monkeypatch):
     motions = Problem("motions", *parts, lambda: VelocityMLP(4, 2, 16), lambda: VelocityMLP(4, 2, 8, residual=True), training, 4)
     images = Problem("images", *pictures, lambda: ImageField((1, 3, 3), 16), lambda: ImageField((1, 3, 3), 8, 1), training, 4)
     seen = judges_of(images.train[0])
-    return Task(motions, images, seen | {"frechet_features": seen["frechet"]}, 40, 1)
+    robot = Robot(Table, count=2, episodes=1, width=16, training=training)
+    return Task(motions, images, seen | {"frechet_features": seen["frechet"]}, 40, 1, robot)
 
 
 def run(task, arm):
-    """(rows, notes) of an arm on a task."""
+    """(rows, notes by name) of an arm on a task."""
     events = []
     study.arms[arm].run(task, Trial(TrialSpec("fewer.diffusion.flow_mle.study", study.slug, arm, 0, Scale.QUICK, {}), events.append))
     rows = [Row(arm, 0, e.name, e.coordinates, e.value) for e in events if isinstance(e, FigureEvent)]
-    return rows, [e.name for e in events if isinstance(e, NoteEvent)]
+    return rows, {e.name: e.text for e in events if isinstance(e, NoteEvent)}
 
 
 def test_each_arm_logs_every_declared_figure_and_the_claims_are_judged(small):
     rows = []
-    for arm in ARMS:
+    for arm in study.arms:
         logged, notes = run(small, arm)
         names = {(row.figure, tuple(sorted(row.coordinates.items()))) for row in logged}
         for figure in study.figures:
             of_images = figure.name.startswith(("frechet", "floor", "reconstruction", "latent"))
             if (arm == "contracting" and of_images) or (figure.name == "latent_std" and arm not in ("ft-invert", "resft")):
                 continue
+            if arm == "regression" and figure.name not in OF_THE_ARM:
+                continue
             assert any(figure.name == name and (not figure.at or tuple(sorted(figure.at.items())) == at) for name, at in names), (
                 arm,
                 figure,
             )
-        assert notes == (["images"] if arm == "contracting" else [])
+        kinds = {"images"} if arm == "contracting" else {"robot"} if arm in ("fm-longer", "regression") else set()
+        tuned = {"share"} if arm == "ft-random" or arm == "resft" else {"share", "the"} if arm == "contracting" else set()
+        assert {note for note in notes if ":" not in note} == kinds
+        assert {note.split(": ")[1].split()[0] for note in notes if ":" in note} == tuned
         rows += logged
     results = Results(rows, list(study.arms))
-    assert [each.verdict for each in judge(study, results)][-2:] == ["not testable here"] * 2
+    judged = judge(study, results)
+    assert "not testable here" not in [each.verdict for each in judged[:-1]]
+    assert judged[-1].verdict == "not testable here"
     assert "of flow matching's Frechet distance" in study.summarise(results)
+    assert "A robot's arm put" in study.summarise(results)
+
+
+def test_a_policy_is_tuned_for_each_number_of_calls_and_rivals_are_not(small, monkeypatch):
+    trained, real = [], module.further
+    monkeypatch.setattr(module, "further", lambda *given: trained.append(given[2:5]) or real(*given))
+    robot = dataclasses.replace(small, motions=None, images=None)
+    rows = run(robot, "resft")[0] + run(robot, "fm")[0] + run(robot, "regression")[0]
+    assert trained == [*(("resft", calls, 3) for calls in (1, 2, 4, 10)), ("fm", 1, 3), ("regression", 1, 3)]
+    solvers = {arm: {(r.coordinates["calls"], r.coordinates["solver"]) for r in rows if r.arm == arm} for arm in ("resft", "fm")}
+    assert solvers["fm"] - solvers["resft"] == {(2, "midpoint"), (4, "midpoint"), (10, "midpoint"), (4, "rk4")}
+    nfe = {(r.arm, r.coordinates["calls"]): r.value for r in rows if r.figure == "nfe"}
+    assert (nfe["fm", 1], nfe["resft", 10], nfe["regression", 10]) == (0.25, 2.5, 0.25)
+    told = [each.verdict for each in judge(study, Results(rows, list(study.arms), {"ft-random": "was not run"}))]
+    assert told == ["not testable here"] * 9
+
+
+def test_where_no_arm_is_simulated_it_is_left_out_and_the_reason_says_what_to_do(small, monkeypatch):
+    monkeypatch.setattr(module.problems, "images", lambda *given: small.images)
+    monkeypatch.setattr(module.problems, "motions", lambda *given: small.motions)
+    monkeypatch.setattr(module, "judges_of", lambda *given: small.judges)
+    monkeypatch.setattr(module.problems.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="pip install gymnasium-robotics"):
+        module.task(Scale.FULL, "", "manipulation")
+    whole, quick = module.task(Scale.FULL, ""), module.task(Scale.QUICK, "")
+    assert (whole.robot, quick.robot, quick.missing) == (None, None, "")
+    assert "pip install gymnasium-robotics" in run(dataclasses.replace(whole, motions=None, images=None), "fm")[1]["manipulation"]
+    assert run(quick, "regression") == ([], {"manipulation": "left out: it is judged at full scale"})
+    verdict = judge(study, Results(figures(), list(study.arms)))[-2]
+    assert (verdict.verdict, verdict.text[:4]) == ("not testable here", "In 1")
+    assert "--full --set part=manipulation" in verdict.reason
+    assert "pip install gymnasium-robotics==1.4.2 mujoco==3.3.7" in verdict.reason
+    only = module.task(Scale.QUICK, "", "motions")
+    assert (only.images, only.motions) == (None, small.motions)
+    for words, said in ((("", "manipulation"), "add --full"), (("own.npz", "motions"), "leave part out")):
+        with pytest.raises(UserError, match=said):
+            module.task(Scale.QUICK, *words)
 
 
 def figures(**change):
@@ -87,14 +135,16 @@ def figures(**change):
             for steps, name, usual in ((1, "one", 12.0), (4, "four", 1.1)):
                 yield Row(arm, seed, "frechet", own(steps), of(name, usual) * noise)
                 yield Row(arm, seed, "reconstruction", {"tuned": steps}, of("back", 0.25) * noise)
+            for calls, name, usual in ((1, "acts", 0.1), (2, "acts", 0.1), (10, "rival", 0.6)) if "acts" in values else ():
+                yield Row(arm, seed, "precise", acting(calls), of(name, usual) * noise)
 
 
 def verdicts(**change):
-    return [each.verdict for each in judge(study, Results(figures(**change), list(study.arms)))][:7]
+    return [each.verdict for each in judge(study, Results(figures(**change), list(study.arms)))][:8]
 
 
 def test_every_claim_turns_where_the_method_gains_nothing():
-    assert verdicts() == ["holds"] * 7
+    assert verdicts() == ["holds"] * 7 + ["not testable here"]
     assert verdicts(rmse={})[0] == "fails"
     assert verdicts(shift={})[1] == "fails"
     assert verdicts(one={})[2] == "fails"
@@ -102,6 +152,9 @@ def test_every_claim_turns_where_the_method_gains_nothing():
     assert verdicts(back={})[4] == "fails"
     assert verdicts(four={"ft-invert": 0.3, "fm-longer": 0.5})[5] == "fails"
     assert verdicts(one={"ft-invert": 0.3, "ft-random": 6.0})[6] == "fails"
+    assert verdicts(acts={"ft-random": 0.57})[7] == "holds"
+    assert verdicts(acts={"ft-random": 0.5})[7] == "fails"
+    assert verdicts(acts={"ft-random": 0.57, "fm": 0.62}, rival=0.5)[7] == "fails"
 
 
 def test_base_fields_are_trained_once_a_seed(small, monkeypatch):
@@ -123,7 +176,7 @@ def test_a_users_images_are_learnt_and_judged(shape, tmp_path, small):
     assert job.images.train[0].shape == (160, *(shape if len(shape) == 3 else (1, *shape)))
     quick = dataclasses.replace(job.images, training=Training(2, 16, 1e-3, 0.9), latents=3)
     rows, notes = run(dataclasses.replace(job, images=quick, samples=70), "ft-invert")
-    assert notes == ["motions"]
+    assert set(notes) == {"motions"}
     assert {row.figure for row in rows} == {"floor", "frechet", "reconstruction", "latent_std"}
     both = rows + run(dataclasses.replace(job, images=quick, samples=70), "fm")[0]
     told = [

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewer.checks import check_whole
+from fewer.checks import check_choice, check_whole
 from fewer.diffusion.flow_mle.finetuning import FineTuneConfig, FineTuned, check_data, finetune
-from fewer.diffusion.flow_mle.solver import flow_matching_loss, odeint
+from fewer.diffusion.flow_mle.solver import METHODS, flow_matching_loss, odeint
 from fewer.diffusion.flow_mle.velocity import VelocityMLP
 from fewer.fitting import evaluating, fit_steps
 
 
 class FlowPolicy(nn.Module):
-    """pi(actions | observations): a chunk of actions from the last observations, by K Euler steps of a velocity field.
+    """pi(actions | observations): a chunk of actions from the last observations, by K steps of a velocity field.
 
     Args:
         obs_dim, act_dim: numbers of an observation and of an action.
@@ -26,6 +26,7 @@ class FlowPolicy(nn.Module):
         execute: actions of a chunk that `act` gives out before it draws the next one; by default half of them.
         width: of the field's layers.
         steps: K.
+        method: of the solver, as `odeint` takes it.
 
     Attributes:
         tuned: K of the last fine-tuning, 0 before; another `steps` then is warned of.
@@ -50,14 +51,16 @@ class FlowPolicy(nn.Module):
         execute: int | None = None,
         width: int = 256,
         steps: int = 10,
+        method: str = "euler",
     ) -> None:
         super().__init__()
         execute = max(1, horizon // 2) if execute is None else execute
         check_whole(obs_dim=obs_dim, act_dim=act_dim, horizon=horizon, obs_steps=obs_steps, execute=execute, steps=steps)
+        check_choice(METHODS, method=method)
         if execute > horizon:
             raise ValueError(f"execute is {execute} with a horizon of {horizon}; expected at most the horizon: a chunk has no more actions")
         self.obs_dim, self.act_dim, self.horizon, self.obs_steps = obs_dim, act_dim, horizon, obs_steps
-        self.execute, self.steps = execute, steps
+        self.execute, self.steps, self.method = execute, steps, method
         self.field = VelocityMLP(horizon * act_dim, obs_steps * obs_dim, width)
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
@@ -83,6 +86,19 @@ class FlowPolicy(nn.Module):
         shares = (actions.to(self.act_low) - self.act_low) / (self.act_high - self.act_low)
         return (2 * shares - 1).flatten(1), self.condition(obs)
 
+    def take_scales(self, obs: Float[Tensor, "N obs_steps obs_dim"], actions: Float[Tensor, "N horizon act_dim"]) -> None:
+        """Take observations' means and deviations and actions' ranges from windows: what `fit` does first.
+
+        Raises:
+            ValueError: windows that do not fit or are not finite; nothing is changed then.
+        """
+        check_data(*self.pairs(obs, actions))
+        self.obs_mean.copy_(obs.flatten(0, 1).mean(0))
+        self.obs_std.copy_(obs.flatten(0, 1).std(0, correction=0).clamp(min=1e-4))
+        low, high = torch.aminmax(actions.flatten(0, 1), dim=0)
+        self.act_low.copy_(low)
+        self.act_high.copy_(torch.where(high - low > 1e-4, high, low + 1))  # a constant action stays one
+
     def fit(
         self,
         obs: Float[Tensor, "N obs_steps obs_dim"],
@@ -94,12 +110,7 @@ class FlowPolicy(nn.Module):
     ) -> list[float]:
         """Flow matching on windows of demonstrations; the losses."""
         check_whole(updates=updates, batch=batch)
-        check_data(*self.pairs(obs, actions))  # before anything is changed
-        self.obs_mean.copy_(obs.flatten(0, 1).mean(0))
-        self.obs_std.copy_(obs.flatten(0, 1).std(0, correction=0).clamp(min=1e-4))
-        low, high = torch.aminmax(actions.flatten(0, 1), dim=0)
-        self.act_low.copy_(low)
-        self.act_high.copy_(torch.where(high - low > 1e-4, high, low + 1))  # a constant action stays one
+        self.take_scales(obs, actions)
         x1, cond = self.pairs(obs, actions)
         draw = torch.Generator(x1.device).manual_seed(seed)
 
@@ -118,7 +129,7 @@ class FlowPolicy(nn.Module):
         """`finetune` of its field for K steps, which it takes from then on. Words as there; pairs are random by default, as an
         observation all but names the action of a precise policy."""
         made = finetune(self.field, self.pairs(obs, actions), steps=steps, config=config, **{"pairing": "random", **words})
-        self.field, self.steps = made.field, steps
+        self.field, self.steps, self.method = made.field, steps, made.method
         self.tuned.fill_(steps)
         self.reset()
         return made
@@ -136,7 +147,7 @@ class FlowPolicy(nn.Module):
         cond = self.condition(obs)
         noise = torch.randn(len(obs), self.horizon * self.act_dim, generator=generator, device=cond.device, dtype=torch.float32).to(cond)
         with evaluating(self.field):
-            chunk = odeint(self.field, noise, self.steps, cond=cond).reshape(len(obs), self.horizon, self.act_dim)
+            chunk = odeint(self.field, noise, self.steps, method=self.method, cond=cond).reshape(len(obs), self.horizon, self.act_dim)
         return self.act_low + (chunk.clamp(-1, 1) + 1) / 2 * (self.act_high - self.act_low)
 
     def act(self, obs: Float[Tensor, "*B obs_dim"], generator: torch.Generator | None = None) -> Float[Tensor, "*B act_dim"]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fewer.data import WEIGHTS, folder_of, load_handwriting, made_once
 from fewer.diffusion.flow_mle.contraction import ContractingResidual
-from fewer.diffusion.flow_mle.finetuning import latents_of
+from fewer.diffusion.flow_mle.finetuning import FineTuneConfig, finetune, latents_of
+from fewer.diffusion.flow_mle.policy import FlowPolicy
 from fewer.diffusion.flow_mle.solver import flow_matching_loss
 from fewer.diffusion.flow_mle.velocity import VelocityMLP
 from fewer.errors import MissingExtra
@@ -187,6 +188,7 @@ def images(data: str = "", full: bool = False) -> Problem:
 
 EPISODE, STATE = 50, 28  # steps; numbers of a state: 25 of the robot and the object, 3 of the goal
 HOVER, NEAR, GAIN, CLOSING = 0.06, 0.01, 6.0, 4  # metres above the object, metres that count as there, of the pull, steps of the fingers
+DISTURBED = {"none": {}, "action": {"action_noise": 0.1}, "observation": {"observation_noise": 0.005}}  # of [-1, 1]; metres
 REACHED, PRECISE = 0.05, 0.01  # metres to the goal: success as the environment has it, and strictly
 
 
@@ -231,14 +233,21 @@ class Episode(NamedTuple):
 
 
 def episode(env: Any, actor: Any, seed: int, action_noise: float = 0.0, observation_noise: float = 0.0) -> Episode:
-    """One episode; where it begins, the actor's noise and the normal noises (deviations) are drawn from the seed."""
+    """One episode; where it begins, the actor's noise and the normal noises are drawn from the seed.
+
+    Args:
+        action_noise: deviation, of actions in [-1, 1].
+        observation_noise: deviation in metres, of where the gripper and the object are seen; other numbers of a state are no lengths.
+    """
     draw, noise = (torch.Generator().manual_seed(seed + i) for i in (0, 1))
     states, actions, seconds = [], [], 0.0
     actor.reset()
     seen, _ = env.reset(seed=seed)
     for _ in range(EPISODE):
         states.append(torch.from_numpy(np.concatenate([seen["observation"], seen["desired_goal"]])).float())
-        given, started = states[-1] + observation_noise * torch.randn(STATE, generator=noise), time.perf_counter()
+        given, off = states[-1].clone(), observation_noise * torch.randn(2, 3, generator=noise)
+        given[:9] += torch.cat([off[0], off[1], off[1] - off[0]])  # of the gripper, the object, and between them
+        started = time.perf_counter()
         actions.append(actor.act(given, draw))
         seconds += time.perf_counter() - started
         done = actions[-1] + action_noise * torch.randn(4, generator=noise)
@@ -272,3 +281,76 @@ def judged(env: Any, actor: Any, count: int = 50, seed: int = 0, **noises: float
     milliseconds = 1e3 * sum(run.seconds for run in runs) / (count * EPISODE)
     shares = {"success": float((far < REACHED).mean()), "precise": float((far < PRECISE).mean())}
     return shares | {"distance": float(np.median(far)), "milliseconds": milliseconds}
+
+
+@dataclass(frozen=True, eq=False)
+class Robot:
+    """A robot's arm to be taught.
+
+    Attributes:
+        environment: makes where it moves.
+        count: demonstrations.
+        episodes: that a policy is judged by, on each of two seeds.
+        width: of the layers of a policy's field.
+        training: of that field.
+    """
+
+    environment: Callable[[], Any] = pick_and_place
+    count: int = 100
+    episodes: int = 50
+    width: int = 256
+    training: Training = Training(3000, 128, 1e-3, 0.99)
+
+    def shown(self, seed: int) -> tuple[Float[Tensor, "N obs_steps 28"], Float[Tensor, "N horizon 4"]]:
+        """The `demonstrations` of a seed, made once on a machine."""
+        from safetensors.torch import load_file, save_file
+
+        def make(folder: Path) -> None:
+            seen, taken = demonstrations(self.environment(), self.count, seed)
+            save_file({"seen": seen.contiguous(), "taken": taken.contiguous()}, folder / WEIGHTS)
+
+        what = {"version": VERSION, "environment": self.environment.__name__, "count": self.count, "seed": seed}
+        read = load_file(made_once(folder_of("flow-demonstrations", "arm", what), make) / WEIGHTS)
+        return read["seen"], read["taken"]
+
+    def lesson(self, seed: int) -> tuple[Problem, FlowPolicy]:
+        """What a seed's demonstrations teach, and a policy with their scales, whose field is still to be put in."""
+        policy = FlowPolicy(STATE, 4, width=self.width)
+        policy.take_scales(*self.shown(seed))
+        x1, cond = policy.pairs(*self.shown(seed))
+        dim, cond_dim = x1.shape[1], cond.shape[1]
+        problem = Problem(
+            "manipulation",
+            (x1, cond),
+            (x1[:0], cond[:0]),  # it is judged by what it does
+            lambda: VelocityMLP(dim, cond_dim, self.width),
+            lambda: VelocityMLP(dim, cond_dim, 3 * self.width // 8, residual=True),
+            self.training,
+            40,
+        )
+        return problem, policy
+
+    def judged(self, env: Any, policy: FlowPolicy, seed: int, noise: str = "none") -> dict[str, float]:
+        """`judged`, the mean over two seeds of a trial's own, with a noise of `DISTURBED`."""
+        told = [judged(env, policy, self.episodes, 2 * seed + each, **DISTURBED[noise]) for each in (0, 1)]
+        return {figure: sum(each[figure] for each in told) / len(told) for figure in told[0]}
+
+
+class Regression(nn.Module):
+    """v = g(cond) - x, one Euler step of which ends at g(cond) from any noise: its reconstruction's error is a plain regression's."""
+
+    def __init__(self, answer: nn.Module) -> None:
+        super().__init__()
+        self.answer = answer  # a field, whose clock and noise stay 0
+
+    def forward(self, t: Tensor, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.answer(torch.zeros_like(t), torch.zeros_like(x), cond) - x
+
+
+def regressed(problem: Problem, updates: int, seed: int, device: str = "cpu") -> nn.Module:
+    """A `Regression` by a problem's own network, trained as its field is, for so many updates."""
+    (x1, cond), training = problem.on(device), problem.training
+    assert cond is not None
+    field = problem.seeded(lambda: Regression(problem.make()), seed).to(device)
+    config = FineTuneConfig(updates, training.batch, training.lr, ema=training.ema, seed=seed)
+    return finetune(field, (x1, cond), steps=1, pairing="random", config=config).field
