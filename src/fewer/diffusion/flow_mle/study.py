@@ -37,7 +37,7 @@ TUNED = {"ft-invert": ((1, 400), (4, 200)), "ft-random": ((1, 200),), "resft": (
 OWN = (1, 4)  # K of the images' claims
 CALLS, RIVAL = (1, 2, 4, 10, 50), 10  # of the network for a chunk of the robot's actions; the flow's that 1 and 2 are held against
 ONCE = ("fm", "fm-longer", "regression")  # arms whose policy is the same for any number of calls
-SAID = {"spread": "share of the actions' variance that the condition leaves", "gate": "the residual's gate"}
+SAID = {"spread": "share of the actions' variance that the condition leaves", "gate": "the residual's gate, calls {}"}
 PARTS = ("motions", "images", "manipulation")
 
 
@@ -222,7 +222,7 @@ def manipulation(job: Task, trial: Trial, name: str, pairing: str = "random") ->
                     judge_acting(job.robot, trial, env, policy, calls, solver)
         trial.log("nfe", taken / policy.execute, **acting(calls))
         for word in {"spread", "gate"} & report.keys():
-            trial.note(f"robot, {calls} calls: {SAID[word]}", f"{report[word]:.3f}")
+            trial.note(f"robot: {SAID[word].format(calls)}", f"{report[word]:.3f}")
     if name in ("fm-longer", "regression"):
         trial.note("robot", f"trained for as many calls as flow matching and then the tuning for {RIVAL} steps")
 
