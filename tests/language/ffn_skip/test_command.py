@@ -229,3 +229,17 @@ def test_every_arm_logs_what_the_claims_ask(directory, arm, monkeypatch):
         assert {name for name, *_ in figures} == {"variant_loss", "variant_ratio"}
     else:
         assert {("loss", share) for share in (0.125, 0.25, 0.375)} | {("repeating", 0.25), ("writing_seconds", 0.25)} <= figures
+
+
+def test_the_users_own_model_takes_fewer_passes_and_the_houses_as_many_as_before(directory):
+    tokens = text(1, 9000)[0]
+    given = Trained(directory, tokens, tokens, "a model of random weights")
+    house, own, more, large = (
+        Task(given, None, tokens, *words) for words in ((Scale.QUICK,), (Scale.QUICK, True), (Scale.QUICK, True, 8_000), (Scale.FULL, True))
+    )
+    assert house.effort == (8, 30, 8_000)
+    assert large.effort == (128, 30, 200_000)
+    assert own.effort.windows * (own.effort.steps + 2) <= 8 * 32 / 3
+    trial = Trial(TrialSpec("m", "ffn-skip", "full", 0, Scale.QUICK, study.choose_options({})), [].append)
+    assert [len(each.texts(trial)) for each in (house, own, more)] == [41, 16, 41]
+    assert [len(each.windows(trial)) for each in (house, own)] == [8, 4]

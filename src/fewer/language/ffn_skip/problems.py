@@ -83,7 +83,10 @@ def repeating(rows: Tensor, length: int = 8) -> float:
 
 
 def decoding(model: Any, tokens: int, config: FFNSkipConfig | None = None) -> Work:
-    """A call that decodes so many tokens, one a pass, on from what was read before; transformers' own where no settings are given."""
+    """A call that decodes so many tokens, one a pass, on from what was read before; transformers' own where no settings are given.
+
+    They leave the cache again: each call does the same work, and no time goes into copying what earlier calls decoded.
+    """
     cache = {CACHE: DynamicCache(config=model.config)}
     with torch.no_grad():
         model(torch.tensor([[1, 2]], device=model.device), use_cache=True, **cache)
@@ -93,6 +96,7 @@ def decoding(model: Any, tokens: int, config: FFNSkipConfig | None = None) -> Wo
         with ffn_skip(model, config) if config else contextlib.nullcontext() as stats:
             for token in torch.ones(tokens, 1, 1, dtype=torch.long, device=model.device):
                 model(token, use_cache=True, **cache)
+        cache[CACHE].crop(-tokens)
         return stats
 
     return work
