@@ -49,6 +49,9 @@ def test_arms_run_on_a_users_model_and_text(own: dict[str, Any]) -> None:
     tuned = {arm: found[arm]["tokens",] for arm in ("router-only", "released", "factor-llm", "cfsp")}
     assert set(tuned.values()) == {6 * room.BATCH * room.WINDOW}
     assert found["random-router"]["writing_share",] > 0
+    lighter = figures("factor-llm", own | {"steps": 3, "held_out": 256})
+    assert lighter["tokens",] == 3 * room.BATCH * room.WINDOW
+    assert lighter[two] != found["factor-llm"][two]
 
 
 def test_a_directory_is_cut_and_can_be_put_together_again(own: dict[str, Any], tmp_path: Path, fewer: Any) -> None:

@@ -37,9 +37,9 @@ def own(tmp_path_factory: Any) -> Any:
         yield folder
 
 
-def figures(arm: str, folder: Path) -> list[Row]:
+def figures(arm: str, folder: Path, **more: int) -> list[Row]:
     """What a trial logs."""
-    settings = {"model": str(folder / "model"), "text": str(folder / "notes.txt"), "data": ""}
+    settings = more | {"model": str(folder / "model"), "text": str(folder / "notes.txt"), "data": ""}
     return [Row(arm, 0, event.name, event.coordinates, event.value) for event in events_of(room, arm, settings)]
 
 
@@ -51,6 +51,9 @@ def test_arms_run_on_a_users_model_and_every_claim_has_its_figures(own: Path) ->
     assert "of fused attention's" in said
     assert results.mean("bytes", "spt").value < results.mean("bytes", "lora").value
     assert results.mean("mass", "oracle").value > results.mean("mass", "spt-attention").value
+    lighter = Results(figures("lora-fused", own, steps=1, held_out=64), ARMS)
+    assert len(lighter.curve("training_loss", "lora-fused")) == 1
+    assert lighter.mean("loss", "lora-fused").value != results.mean("loss", "lora-fused").value
     again = Results(figures("spt", own), ARMS)
     assert all(again.mean(name, "spt").value == results.mean(name, "spt").value for name in ("loss", "recall", "mass", "load"))
 

@@ -16,6 +16,7 @@ from fewer.tasks.lm_training import check_window
 from fewer.tasks.small_lm import corpus_of
 
 TEXT_HELP = "a UTF-8 text file to use and judge on, in place of the standard library's Python"
+STEPS_HELP = "training steps; 0: as many as the scale takes"
 HELD_OUT_HELP = "tokens that models are judged on; 0: as many as the scale takes"
 DATA_HELP = "a JSONL file of prompt and completion to use and judge on, the last tenth of it held out"
 

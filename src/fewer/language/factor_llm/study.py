@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewer.devices import one_thread
 from fewer.language._shared.timing import writing_seconds
-from fewer.language._shared.trained import DATA_HELP, HELD_OUT_HELP, TEXT_HELP, Trained, trained
+from fewer.language._shared.trained import DATA_HELP, HELD_OUT_HELP, STEPS_HELP, TEXT_HELP, Trained, trained
 from fewer.language.cfsp import calibrate, prune, recover
 from fewer.language.factor_llm.adaptation import AdaptConfig, adapt
 from fewer.language.factor_llm.factorization import factorize
@@ -67,6 +67,7 @@ study.option("model", "", help="a Llama, Mistral or Qwen2 directory in place of 
 study.option("text", "", help=TEXT_HELP)
 study.option("data", "", help=DATA_HELP)
 study.option("held_out", 0, help=HELD_OUT_HELP, least=0)
+study.option("steps", 0, help=STEPS_HELP, least=0)
 
 
 @dataclass
@@ -76,22 +77,19 @@ class Task:
     given: Trained
     test: Tensor
     scale: Scale
+    steps: int
 
     def cut(self, trial: Trial) -> Any:
         return factorize(self.given.model(trial.device), EXPERTS, TOP_K, seed=trial.seed)
-
-    @property
-    def steps(self) -> int:
-        return STEPS[self.scale]
 
     def config(self, seed: int, **words: Any) -> AdaptConfig:
         return dataclasses.replace(TUNED if self.scale is Scale.QUICK else AdaptConfig(), seed=seed, **words)
 
 
 @study.task
-def task(scale: Scale, model: str, text: str, data: str, held_out: int = 0) -> Task:
+def task(scale: Scale, model: str, text: str, data: str, held_out: int = 0, steps: int = 0) -> Task:
     given = trained(model, text, data, window=WINDOW)
-    return Task(given, given.validation[: held_out or HELD_OUT[scale]], scale)
+    return Task(given, given.validation[: held_out or HELD_OUT[scale]], scale, steps or STEPS[scale])
 
 
 def judge(task: Task, trial: Trial, model: Any, k: int = TOP_K) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fewer.data import load_state_of_the_union
 from fewer.devices import one_thread
 from fewer.language._shared.model_directory import load_directory, load_tokenizer
-from fewer.language._shared.trained import DATA_HELP, corpus_of_pairs
+from fewer.language._shared.trained import DATA_HELP, HELD_OUT_HELP, STEPS_HELP, corpus_of_pairs
 from fewer.language.spt.attention import sparse_attention
 from fewer.language.spt.model import SPTConfig, SPTModel, get_spt_model, with_lora
 from fewer.language.spt.peers import chosen_by, newest_keys, true_keys
@@ -92,6 +92,8 @@ study = Study(
 study.option("model", "", help="a Llama, Mistral, Qwen2 or OPT directory in place of the small language model")
 study.option("text", "", help="a UTF-8 text file to learn, its end held out, in place of the presidents' addresses")
 study.option("data", "", help=DATA_HELP)
+study.option("held_out", 0, help=HELD_OUT_HELP, least=0)
+study.option("steps", 0, help=STEPS_HELP, least=0)
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Task:
     train: Tensor
     test: Tensor
     scale: Scale
+    steps: int
 
     def model(self, attention: str) -> Any:
         model = load_directory(self.folder, "float32", dense=True)[0]
@@ -110,7 +113,7 @@ class Task:
 
 
 @study.task
-def task(scale: Scale, model: str, text: str, data: str) -> Task:
+def task(scale: Scale, model: str, text: str, data: str, held_out: int = 0, steps: int = 0) -> Task:
     if data:
         corpus = corpus_of_pairs(data)
     elif text:
@@ -123,7 +126,7 @@ def task(scale: Scale, model: str, text: str, data: str) -> Task:
     train, test = token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.validation)
     for part in (train, test):
         check_window(part, WINDOW)
-    return Task(folder, train, test[:HELD_OUT], scale)
+    return Task(folder, train, test[: held_out or HELD_OUT], scale, steps or STEPS[scale])
 
 
 def tune(task: Task, trial: Trial, attention: str, ffn: bool, keys: str) -> None:
@@ -132,7 +135,7 @@ def tune(task: Task, trial: Trial, attention: str, ffn: bool, keys: str) -> None
         trial.note("not repeated", "this arm stands in no claim about seeds: with the first seed alone")
         return
     torch.manual_seed(trial.seed)
-    sparse, steps, rate = attention == "spt", STEPS[task.scale], LR[task.scale]
+    sparse, steps, rate = attention == "spt", task.steps, LR[task.scale]
     config = SPTConfig(lora_r=RANK, sparse_attention=sparse, routed_ffn=ffn)
     model: Any = get_spt_model(task.model("sdpa" if sparse else attention), config).to(trial.device)
     windows = [
