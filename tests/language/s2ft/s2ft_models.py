@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
 from host_models import small_decoder
 
 from fewer.language import S2FTConfig, S2FTModel, get_s2ft_model
+
+torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "max_position_embeddings": 32}
 MADE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,7 +30,14 @@ EVERY = {"v_ratio": 0.3, "o_ratio": 0.3, "u_ratio": 0.2, "d_ratio": 0.2}
 
 
 def make(name: str = "llama-grouped", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model whose weights and biases are all random, and large enough that every part of it matters."""
+    """A model whose weights and biases are all random, and large enough that every part of it matters; torch's generator goes on from there."""
+    model, drawn_until = _made(name, seed)
+    torch.set_rng_state(drawn_until)
+    return copy.deepcopy(model).to(dtype)
+
+
+@functools.cache
+def _made(name: str, seed: int) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(seed)
     family, words = MADE[name]
     model = small_decoder(family, **SIZES | words)
@@ -36,7 +47,7 @@ def make(name: str = "llama-grouped", dtype: torch.dtype = torch.float32, seed: 
                 parameter.normal_(std=0.2)
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return model.eval(), torch.get_rng_state()
 
 
 def logits(model: Any, ids: torch.Tensor = IDS, **words: Any) -> torch.Tensor:
