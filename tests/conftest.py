@@ -64,13 +64,6 @@ MOST = 20.0  # of a method's tests together, on the machine that they were count
 SLACK = 1.5  # the same tests take up to so much more beside busy neighbours, with whom they share caches
 MORE = {  # methods that take more, each with its reason; to be brought down
     "control/smart_composites": 45.0,  # torch.export and gcc -O2 of 200 random networks (14 s), 400 ONNX graphs, controllers in C
-    "diffusion/dpm_solver_v3": 35.0,  # diffusers' own pipelines
-    "forward_only/backprop_free_mlps": 40.0,  # three trainers and their twins
-    "language/s2ft": 45.0,  # adapters of nine states in four dtypes
-    "federated/anarchic_fl": 30.0,  # thousands of updates to fixed points
-    "federated/ffa_lora": 25.0,  # Opacus beside our gradients
-    "federated/sfprompt": 40.0,  # vision transformers over apps whose messages cross twice a batch
-    "signals/spright": 45.0,  # recoveries over many seeds
 }
 REFERENCE = 0.03  # processor seconds of `yardstick` on that machine
 spent: dict[str, float] = defaultdict(float)  # folder of tests -> processor seconds
