@@ -1,6 +1,6 @@
 """Attention over the keys that a lookup kept: values and indices of n K entries a head are stored, and no tensor of n x n ever.
 
-With the module that chooses them by codes, and the codes of a key-value cache's keys.
+With the settings of a sparse model, the module that chooses keys by codes, and the codes of a key-value cache's keys.
 
 Source: SPT, arXiv 2312.10365: a = clamp(q.k / sqrt(d), -10, 10), softmax over the kept entries; the clamp stands for subtracting the largest.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,10 +18,55 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from fewer.language.spt.quantizer import CSR, ProductQuantizer, lookup
+from fewer.checks import check_choice, check_not_negative, check_whole
+from fewer.language.spt.quantizer import CSR, Keep, ProductQuantizer, Tie, lookup
 
-if TYPE_CHECKING:
-    from fewer.language.spt.model import SPTConfig
+
+@dataclass(frozen=True)
+class SPTConfig:
+    """What of a model is made sparse, and how.
+
+    Attributes:
+        lora_r: LoRA's rank on all linear and embedding layers (no scaling factor); 0 puts none on.
+        ffn_blocks, ffn_active: blocks of channels, and how many of them a token passes.
+        attention_keep: one key in so many is kept.
+        keep_per: see `lookup`; "row" makes writing with a cache equal to reading at once.
+        codeword_dim, codewords: numbers of a subspace, and codewords in each.
+        tie: which of equally agreeing keys are kept.
+        clamp: of attention scores; None subtracts the largest instead.
+        pq_weight, balance_weight: of the code books' loss and of the routers' balance, in `auxiliary_loss`.
+        detach: keep the code books' loss from changing queries and keys.
+        sparse_attention, routed_ffn: which of the two is done.
+    """
+
+    lora_r: int = 16
+    ffn_blocks: int = 4
+    ffn_active: int = 2
+    attention_keep: int = 8
+    keep_per: Keep = "sequence"
+    codeword_dim: int = 8
+    codewords: int = 16
+    tie: Tie = "recent"
+    clamp: float | None = 10.0
+    pq_weight: float = 1e-2
+    balance_weight: float = 0.0
+    detach: bool = False
+    sparse_attention: bool = True
+    routed_ffn: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole(0, lora_r=self.lora_r)
+        check_whole(ffn_blocks=self.ffn_blocks, ffn_active=self.ffn_active, attention_keep=self.attention_keep)
+        check_whole(codeword_dim=self.codeword_dim, codewords=self.codewords)
+        check_not_negative(pq_weight=self.pq_weight, balance_weight=self.balance_weight)
+        check_choice(("sequence", "row"), keep_per=self.keep_per)
+        check_choice(("recent", "early"), tie=self.tie)
+        if self.ffn_active > self.ffn_blocks:
+            raise ValueError(f"ffn_active is {self.ffn_active} and ffn_blocks {self.ffn_blocks}; expected 1 to {self.ffn_blocks}")
+        if self.codewords > 256:
+            raise ValueError(f"codewords is {self.codewords}; expected at most 256: a code is a byte")
+        if self.clamp is not None and not self.clamp > 0:
+            raise ValueError(f"clamp is {self.clamp}; expected a number above 0, or None")
 
 
 def sparse_attention(

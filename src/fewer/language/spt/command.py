@@ -43,7 +43,8 @@ def train(
 
     from fewer.files import check_new
     from fewer.language._shared.model_directory import load_directory
-    from fewer.language.spt.model import SPTConfig, get_spt_model
+    from fewer.language.spt.attention import SPTConfig
+    from fewer.language.spt.model import get_spt_model
     from fewer.tasks.language_corpus import read_texts, token_stream
     from fewer.tasks.lm_training import check_window, draw_windows
 
