@@ -16,7 +16,7 @@ from zo2_models import IDS, make, mezo_steps, same, seeds, streamed
 from zo2_stack import stack
 
 from fewer.language import ZO2
-from fewer.language.zo2.stores import Layout, Short, rounded, scale_for
+from fewer.language.zo2.stores import DiskStore, Layout, Short, buffer, rounded, scale_for
 
 HERE = Path(__file__).parent
 
@@ -217,3 +217,29 @@ def test_a_short_store_trains_and_says_what_it_loses(rounding, tmp_path):
     )
     list(zo2.named_values())  # a walk that only reads
     assert zo2.lost_updates is not None
+
+
+@pytest.mark.parametrize("words", [{}, {"store_dtype": "bfloat16"}, {"overlap": False}])
+def test_blocks_come_into_memory_that_earlier_ones_left_but_what_was_given_away_stays(words, tmp_path, monkeypatch):
+    model, new = stack(depth=6, width=8), []
+    zo2 = streamed(model, tmp_path, store="disk", **words)
+    x = torch.ones(2, 8)
+    zo2.step(lambda model: model(x))
+    monkeypatch.setattr(DiskStore, "_room", lambda self, size, room=DiskStore._room: new.append(size) or room(self, size))
+    fresh = [0]
+
+    def counted(size, made=buffer):
+        fresh[0] += 1
+        return made(size)
+
+    monkeypatch.setattr("fewer.language.zo2.stores.buffer", counted)
+    for _ in range(3):
+        zo2.step(lambda model: model(x))
+    blocks = 3 * 6
+    assert len(new) == blocks
+    assert fresh[0] == (2 * blocks if "store_dtype" in words else 0)  # the wide and the short form of a block are made anew
+    kept = [dict(part) for part in zo2.named_values()]
+    before = [{name: value.clone() for name, value in part.items()} for part in kept[:-1]]
+    for _ in range(2):
+        zo2.step(lambda model: model(x))
+    assert all(torch.equal(part[name], old[name]) for part, old in zip(kept, before, strict=False) for name in old)

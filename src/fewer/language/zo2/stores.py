@@ -328,6 +328,7 @@ class DiskStore(HostStore):
     def __init__(self, *words: Any, folder: Path, generation: int = 1) -> None:
         super().__init__(*words)
         self.folder, self.generation = folder, generation
+        self._spare: deque[Tensor] = deque(maxlen=3)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(f"the blocks lie in {self.folder}, which a copy would write into as well; use save_pretrained or state_dict")
@@ -341,13 +342,25 @@ class DiskStore(HostStore):
 
     def _load(self, number: int) -> UInt8[Tensor, "bytes"]:
         layout = self.layouts[number]
-        bucket = buffer(self.short.size(layout) if self.short else layout.size)
+        bucket = self._room(self.short.size(layout) if self.short else layout.size)
         file = self.file(number, self.generation)
         with open(file, "rb") as opened:
             read = opened.readinto(bucket.numpy().data)
         if read != bucket.nbytes:
             raise ValueError(f"{file} has {read} bytes; expected {bucket.nbytes}: the store is cut off, take another")
         return bucket
+
+    def _room(self, size: int) -> UInt8[Tensor, "size"]:
+        """A buffer that an earlier block has left, or a new one: the system takes longer to hand out fresh memory than to fill it."""
+        while self._spare:
+            if (left := self._spare.popleft()).nbytes == size:
+                return left
+        return buffer(size)
+
+    def _give(self, number: int, bucket: Tensor, stored: Tensor | None, write: bool, computed: Any) -> None:
+        super()._give(number, bucket, stored, write, computed)
+        if write and bucket.device.type == "cpu":  # of a walk that only reads, others may hold the values
+            self._spare.append(bucket if stored is None else stored)
 
     def _save(self, number: int, bucket: UInt8[Tensor, "bytes"]) -> None:
         with whole_file(self.file(number, 1 - self.generation), overwrite=True) as part, open(part, "wb") as opened:
