@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fewer.errors import UserError
 from fewer.language._shared.prenorm import decode_bound
 from fewer.language._shared.timing import wide_llama
+from fewer.language._shared.token_rows import repeating
 from fewer.language._shared.trained import Trained
 from fewer.language.ffn_skip import FFNSkipConfig, calibrate, ffn_skip, teacher_forced
 from fewer.language.ffn_skip.bench import without
-from fewer.language.ffn_skip.problems import THREE_OF_EIGHT, decoding, read_texts, repeating, way_of, write_on
-from fewer.language.ffn_skip.study import QUARTER, Task, against, study
+from fewer.language.ffn_skip.problems import THREE_OF_EIGHT, decoding, read_texts, way_of, write_on
+from fewer.language.ffn_skip.study import EFFORT, OWN, QUARTER, Task, against, study
 from fewer.study import Results, Scale, Trial
 from fewer.study.results import Row
 from fewer.study.trial import FigureEvent, TrialSpec
@@ -213,15 +214,12 @@ def test_a_model_of_the_users_own_that_cannot_skip_is_told_in_one_line(directory
 
 @pytest.mark.parametrize("arm", ["full", "ffn-skip", "variants"])
 def test_every_arm_logs_what_the_claims_ask(directory, arm, monkeypatch):
-    monkeypatch.setattr("fewer.language.ffn_skip.study.HELD_OUT", dict.fromkeys(Scale, 400))
-    monkeypatch.setattr("fewer.language.ffn_skip.study.CALIBRATION", dict.fromkeys(Scale, 1))
     monkeypatch.setattr("fewer.language.ffn_skip.study.PROMPTS", 2)
-    monkeypatch.setattr("fewer.language.ffn_skip.study.STEPS", 6)
     tokens = text(1, 2000)[0]
     given = Trained(directory, tokens, tokens, "a model of random weights")
     events = []
     trial = Trial(TrialSpec("m", "ffn-skip", arm, 0, Scale.QUICK, study.choose_options({})), events.append)
-    study.arms[arm].run(Task(given, given.model("cpu"), tokens, Scale.QUICK), trial)
+    study.arms[arm].run(Task(given, given.model("cpu"), tokens, (1, 6, 400)), trial)
     figures = {(event.name, *event.coordinates.values()) for event in events if isinstance(event, FigureEvent)}
     values = [event.value for event in events if isinstance(event, FigureEvent)]
     assert all(value is not None and math.isfinite(value) for value in values)
@@ -231,15 +229,13 @@ def test_every_arm_logs_what_the_claims_ask(directory, arm, monkeypatch):
         assert {("loss", share) for share in (0.125, 0.25, 0.375)} | {("repeating", 0.25), ("writing_seconds", 0.25)} <= figures
 
 
-def test_the_users_own_model_takes_fewer_passes_and_the_houses_as_many_as_before(directory):
-    tokens = text(1, 9000)[0]
-    given = Trained(directory, tokens, tokens, "a model of random weights")
-    house, own, more, large = (
-        Task(given, None, tokens, *words) for words in ((Scale.QUICK,), (Scale.QUICK, True), (Scale.QUICK, True, 8_000), (Scale.FULL, True))
-    )
-    assert house.effort == (8, 30, 8_000)
-    assert large.effort == (128, 30, 200_000)
-    assert own.effort.windows * (own.effort.steps + 2) <= 8 * 32 / 3
+def test_the_users_own_model_takes_fewer_passes_and_the_houses_as_many_as_before(directory, notes):
+    assert EFFORT == {Scale.QUICK: (8, 30, 8_000), Scale.FULL: (128, 30, 200_000)}
+    assert OWN[0] * (OWN[1] + 2) <= 8 * 32 / 3
+    given = {"model": str(directory), "text": str(notes)}
+    own, more = (study.build_task(Scale.QUICK, study.choose_options(given | words)) for words in ({}, {"held_out": "8000"}))
+    assert own.effort == OWN
+    assert study.build_task(Scale.FULL, study.choose_options(given)).effort == EFFORT[Scale.FULL]
     trial = Trial(TrialSpec("m", "ffn-skip", "full", 0, Scale.QUICK, study.choose_options({})), [].append)
-    assert [len(each.texts(trial)) for each in (house, own, more)] == [41, 16, 41]
-    assert [len(each.windows(trial)) for each in (house, own)] == [8, 4]
+    assert [len(each.texts(trial)) for each in (own, more)] == [16, 41]
+    assert len(own.windows(trial)) == 4

@@ -1,4 +1,4 @@
-"""Rows of tokens [batch, tokens]: which are padding, which document each is of, and which neighbours belong together."""
+"""Rows of tokens [batch, tokens]: which are padding, which document each is of, which neighbours belong together, and which go in circles."""
 
 from __future__ import annotations
 
@@ -48,6 +48,16 @@ def documents_of(tokens: Integer[Tensor, "B S"], end: int | None) -> Integer[Ten
         return torch.zeros_like(tokens)
     ended = (tokens == end).long()
     return ended.cumsum(1) - ended
+
+
+def repeating(rows: Integer[Tensor, "B S"], length: int = 8) -> float:
+    """The share of rows in which some run of tokens of that length stands twice: text that goes in circles.
+
+    >>> repeating(torch.tensor([[1, 2, 3, 1, 2], [1, 2, 3, 4, 5]]), length=2)
+    0.5
+    """
+    runs = [[tuple(run) for run in row.unfold(0, length, 1).tolist()] for row in rows]
+    return sum(len(set(row)) < len(row) for row in runs) / len(runs)
 
 
 def _check_like(rows: tuple[int, int], **given: Tensor) -> None:

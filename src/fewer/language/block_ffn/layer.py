@@ -20,20 +20,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.
 MOST_ACTIVE, LARGE, LARGE_WITH_TOKENS = 0.5, 2**15, 2**18
 
 
-def at_least_single(x: Tensor) -> Tensor:
-    """In float32, where it is float16 or bfloat16."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def root_mean_square_norm(positive: Float[Tensor, "... E"], eps: float = 1e-5) -> Float[Tensor, "... E"]:
     """A1 / sqrt(mean_i(A1_i^2) + eps), the mean over all experts, inactive ones too; in float32 at least."""
-    wide = at_least_single(positive)
+    wide = positive.to(torch.promote_types(positive.dtype, torch.float32))
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-
-
-def elsewhere(x: Tensor) -> bool:
-    """Whether products are not the CPU's own, in the tensors' own type."""
-    return x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
 
 
 class RouterNorm(nn.Module):
@@ -152,7 +142,7 @@ class BlockFFN(nn.Module):
                     [self.mix(*token, "union") for token in zip(x.split(1), gates.split(1), active.split(1), strict=True)] or [x]
                 )
         (up, down), act = self.blocks(), ACTIVATIONS[self.activation]
-        if len(x) == 1 and x.dtype in (torch.float32, torch.float64) and x.dtype == up.dtype and not (self._learns(x) or elsewhere(x)):
+        if len(x) == 1 and x.dtype == up.dtype in (torch.float32, torch.float64) and self._plain(x):
             return of_one_token(x, gates, active, up, act, down)
         return over_active_experts(x, gates, active, lambda x, expert: act(x @ up[expert].T), down)
 
@@ -165,12 +155,14 @@ class BlockFFN(nn.Module):
 
     def _quickest(self, x: Tensor, active: Tensor) -> Kernel:
         entries = self.expert_size * self.hidden_size
-        if self._learns(x) or elsewhere(x) or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
+        if not self._plain(x) or (entries < LARGE and entries * len(x) < LARGE_WITH_TOKENS):
             return "dense"
         return "union" if active.any(0).float().mean() <= MOST_ACTIVE else "dense"
 
-    def _learns(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in self.parameters()))
+    def _plain(self, x: Tensor) -> bool:
+        """Whether the CPU computes this in the tensors' own type and nobody asks for a gradient."""
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in self.parameters()))
+        return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not learns
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"router_logits": None}  # it has a graph, which no copy can have

@@ -72,16 +72,6 @@ def write_on(model: Any, texts: Tensor, config: FFNSkipConfig, tokens: int = WRI
         return write(model, texts[:, :PROMPT], tokens)[:, WARMUP:], stats
 
 
-def repeating(rows: Tensor, length: int = 8) -> float:
-    """The share of rows in which some run of tokens of that length stands twice: text that goes in circles.
-
-    >>> repeating(torch.tensor([[1, 2, 3, 1, 2], [1, 2, 3, 4, 5]]), length=2)
-    0.5
-    """
-    runs = [[tuple(run) for run in row.unfold(0, length, 1).tolist()] for row in rows]
-    return sum(len(set(row)) < len(row) for row in runs) / len(runs)
-
-
 def decoding(model: Any, tokens: int, config: FFNSkipConfig | None = None) -> Work:
     """A call that decodes so many tokens, one a pass, on from what was read before; transformers' own where no settings are given.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fewer.language._shared.prenorm import decode_bound, ffn_flops, layers_of
 from fewer.language._shared.timing import wide_llama, writing_seconds
+from fewer.language._shared.token_rows import repeating
 from fewer.language._shared.trained import DATA_HELP, HELD_OUT_HELP, TEXT_HELP, Trained, trained
 from fewer.language.ffn_skip.calibration import STEPS, calibrate, find_threshold
 from fewer.language.ffn_skip.config import FFNSkipConfig
-from fewer.language.ffn_skip.problems import PROMPT, THREE_OF_EIGHT, WINDOW, WRITTEN, decoding, read_texts, repeating, way_of, write_on
+from fewer.language.ffn_skip.problems import PROMPT, THREE_OF_EIGHT, WINDOW, WRITTEN, decoding, read_texts, way_of, write_on
 from fewer.language.ffn_skip.skipping import ffn_skip
 from fewer.study import Curve, Figure, Groups, Results, Scale, Study, Trial
 from fewer.study.races import time_pairs
@@ -62,20 +63,10 @@ study.option("text", "", help=TEXT_HELP)
 study.option("data", "", help=DATA_HELP)
 study.option("held_out", 0, help=HELD_OUT_HELP, least=0)
 
-CALIBRATION = {Scale.QUICK: 8, Scale.FULL: 128}  # windows
-HELD_OUT = {Scale.QUICK: 8_000, Scale.FULL: 200_000}  # tokens
+# windows to calibrate on, steps of the bisection (each passes them all), tokens to judge on
+EFFORT = {Scale.QUICK: (8, STEPS, 8_000), Scale.FULL: (128, STEPS, 200_000)}
+OWN = (4, 14, 16 * WINDOW)  # a user's own model is larger: at quick scale a third of the passes; 14 steps leave theta to 0.0001
 PROMPTS = 16
-
-
-class Effort(NamedTuple):
-    """Windows to calibrate on, steps of the bisection (each passes them all), tokens to judge on."""
-
-    windows: int
-    steps: int
-    held_out: int
-
-
-OWN = Effort(4, 14, 16 * WINDOW)  # a user's own model is larger: at quick scale a third of the passes; 14 steps leave theta to 0.0001
 
 
 @dataclass
@@ -85,23 +76,16 @@ class Task:
     given: Trained
     model: Any
     test: Tensor
-    scale: Scale
-    own: bool = False
-    held_out: int = 0
-
-    @property
-    def effort(self) -> Effort:
-        found = OWN if self.own and self.scale is Scale.QUICK else Effort(CALIBRATION[self.scale], STEPS, HELD_OUT[self.scale])
-        return found._replace(held_out=self.held_out or found.held_out)
+    effort: tuple[int, int, int]
 
     def windows(self, trial: Trial) -> Tensor:
         """Calibration windows of the training text [N, 192]."""
         draw = torch.Generator().manual_seed(trial.seed)
-        return draw_windows(self.given.train, self.effort.windows, WINDOW, draw).to(trial.device)
+        return draw_windows(self.given.train, self.effort[0], WINDOW, draw).to(trial.device)
 
     def texts(self, trial: Trial) -> Tensor:
         """Windows of unseen text [N, 192]; the first tokens of the first sixteen are the prompts."""
-        count = max(PROMPTS, self.effort.held_out // WINDOW)
+        count = max(PROMPTS, self.effort[2] // WINDOW)
         return draw_windows(self.test, count, WINDOW, torch.Generator().manual_seed(trial.seed)).to(trial.device)
 
 
@@ -110,7 +94,8 @@ def task(scale: Scale, model: str, text: str, data: str, held_out: int = 0) -> T
     given = trained(model, text, data, window=WINDOW, dense=False)
     loaded = given.model("cpu")
     calibrate(loaded, given.train[None, :2], tokens=1, steps=0)  # a model that cannot be calibrated is told before anything is run
-    return Task(given, loaded, given.validation, scale, bool(model), held_out)
+    windows, steps, judged = OWN if model and scale is Scale.QUICK else EFFORT[scale]
+    return Task(given, loaded, given.validation, (windows, steps, held_out or judged))
 
 
 def judge(model: Any, task: Task, trial: Trial, config: FFNSkipConfig, *eighths: int) -> None:
@@ -146,9 +131,8 @@ def skip_and_judge(task: Task, trial: Trial, mode: str) -> None:
     model = task.model.to(trial.device)
     for eighths in EIGHTHS:
         with trial.measure("calibrate", skipped=eighths / 8):
-            config, report = calibrate(
-                model, task.windows(trial), TARGETS[eighths], WRITTEN, steps=task.effort.steps if mode == "adaptive" else 0
-            )
+            steps = task.effort[1] if mode == "adaptive" else 0
+            config, report = calibrate(model, task.windows(trial), TARGETS[eighths], WRITTEN, steps=steps)
         judge(model, task, trial, way_of(mode, config, report, eighths / 8, trial.seed), eighths)
         if mode == "adaptive":
             window = f"layers {report.window[0]} to {report.window[1] - 1}, {report.widened} of them added to reach {report.target}"
@@ -175,9 +159,9 @@ def variants(task: Task, trial: Trial) -> None:
     if trial.seed:
         return
     model, windows = task.model.to(trial.device), task.windows(trial)
-    config, _ = calibrate(model, windows, QUARTER["skipped"], WRITTEN, steps=task.effort.steps)
+    config, _ = calibrate(model, windows, QUARTER["skipped"], WRITTEN, steps=task.effort[1])
     whole = dataclasses.replace(config, cold_start=0, cold_end=len(layers_of(model.model)))
-    theta, _ = find_threshold(model.model, windows, whole, QUARTER["skipped"], PROMPT, task.effort.steps)
+    theta, _ = find_threshold(model.model, windows, whole, QUARTER["skipped"], PROMPT, task.effort[1])
     table: dict[str, tuple[FFNSkipConfig, int]] = {f"warm-up {steps}": (config, steps) for steps in (0, 8, 25)}
     table |= {f"at most {k} skipped": (dataclasses.replace(config, max_skips=k), 25) for k in (1, 2)}
     table["no cold regions"] = (dataclasses.replace(whole, threshold=theta), 25)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fewer.checks import check_positive, check_whole
 from fewer.language._shared.token_rows import neighbours, rows_of, valid_tokens
-from fewer.language.block_ffn.layer import at_least_single, root_mean_square_norm
+from fewer.language.block_ffn.layer import root_mean_square_norm
 
 EPS = 1e-5  # of the released code, in p's divisor and in ln(1 - p + eps)
 
@@ -39,7 +39,7 @@ def activation_locality_loss(
     """
     check_positive(alpha=alpha)
     pairs = neighbours(rows_of(router_logits), doc_ids, attention_mask).to(router_logits.device)
-    sharp = alpha * at_least_single(router_logits)
+    sharp = alpha * router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     target = torch.sigmoid(sharp[:, 1:][pairs])
     losses = F.binary_cross_entropy_with_logits(sharp[:, :-1][pairs], target.detach() if detach_target else target, reduction="sum")
     return losses / max(1, target.numel())
