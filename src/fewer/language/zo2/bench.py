@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from fewer.language.zo2.costs.wide import resident, warm, wide_layers, wide_model
 from fewer.language.zo2.mezo import ZO2Config
 from fewer.language.zo2.streaming import ZO2
-from fewer.language.zo2.study import COST_SHAPE, in_memory, mezo_step, resident, warm, wide_model
+from fewer.language.zo2.study import COST_SHAPE, in_memory, mezo_step
 from fewer.meters import peak_resident_memory
 from fewer.study import Bench
 from fewer.study.scratch import scratch_folder
@@ -23,20 +24,10 @@ Work = Callable[[], object]
 IDS = torch.randint(4096, COST_SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def _two_layers() -> Any:
-    """Two layers of the study's wide model: time is proportional to them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, tie_word_embeddings=True
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def _race(**words: Any) -> tuple[Work, Work]:
-    zo2 = ZO2(_two_layers(), ZO2Config(working_device="cpu", **words))
-    peer = mezo_step(_two_layers(), 1e-6, 0)
+    """On two layers of the study's wide model."""
+    zo2 = ZO2(wide_layers(2), ZO2Config(working_device="cpu", **words))
+    peer = mezo_step(wide_layers(2), 1e-6, 0)
     return lambda: zo2.step(IDS), lambda: peer(IDS)
 
 

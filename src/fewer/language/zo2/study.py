@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-from fewer.data import WEIGHTS, fetch_smollm2, folder_of, load_state_of_the_union, made_once
+from fewer.data import fetch_smollm2, load_state_of_the_union
 from fewer.devices import one_thread
-from fewer.files import read_json
 from fewer.language._shared.fine_tuning import fine_tune
 from fewer.language._shared.model_directory import load_directory, load_tokenizer
 from fewer.language._shared.trained import corpus_of_pairs
 from fewer.language.zo2.checkpoints import Digest
+from fewer.language.zo2.costs.break_even import HIDDEN, steps_by_batch
+from fewer.language.zo2.costs.wide import resident, warm, wide_model
 from fewer.language.zo2.mezo import MeZO, StepResult, ZO2Config
 from fewer.language.zo2.streaming import ZO2
 from fewer.study import Curve, Figure, Results, Scale, Study, Tradeoff, Trial
+from fewer.study.races import time_pairs
 from fewer.study.results import NotTestable, bootstrap
 from fewer.study.spaces import Choice
 from fewer.tasks import fetch_small_lm, token_loss
@@ -53,12 +55,14 @@ study = Study(
         Figure("loss", "held-out loss after (nats)"),
         Figure("gain", "held-out loss won (nats)", "", "higher"),
         Figure("lost", "updates lost to rounding", "%"),
+        Figure("streaming", "time of a streamed step over one in memory, by tokens", "x", detail=True),
         Figure("first_loss", "held-out loss before (nats)", detail=True),
         Figure("training_loss", "training loss (nats)", detail=True, at={"step": STEPS[Scale.QUICK]}),
     ],
     charts=[
         Tradeoff("cpu_seconds", "peak_memory", title="Processor time of a step against its peak memory"),
         Curve("training_loss", over="step", title="Training loss"),
+        Curve("streaming", over="tokens", title="Time of a step with blocks streamed over one in memory"),
         Curve("bits_loss", over="step", title="Losses of the same steps on the real model"),
     ],
     time_limit=3600,
@@ -123,31 +127,6 @@ def corpus_of(text: str, data: str) -> Corpus:
 # Costs
 
 
-def wide_model() -> Path:
-    """The directory of a random Llama of 312 million parameters (1.25 GB), written once."""
-    shape: dict[str, Any] = {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "vocab_size": 4096,
-    }
-
-    def make(folder: Path) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
-        model.save_pretrained(folder, max_shard_size="4GB")
-        assert (folder / WEIGHTS).is_file()
-
-    return made_once(folder_of("models", "random-llama", {"version": 1} | shape), make)
-
-
-def resident() -> int:
-    return psutil.Process().memory_info().rss
-
-
 Step = Callable[[Tensor], object]
 
 
@@ -168,18 +147,6 @@ def cost_of(make: Callable[[], tuple[Step, Callable[[], dict[str, float]]]], tri
     trial.log("cpu_seconds", cost.figures()["cpu_seconds"])
     for name in counted:
         trial.log(name, counted[name] - at[name])
-
-
-def warm(folder: Path) -> None:
-    """Load the code that a model of the directory needs, so that it counts as library and not as model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind = read_json(folder / "config.json")["model_type"]
-    small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = AutoConfig.for_model(kind, **small)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
 
 
 @contextlib.contextmanager
@@ -257,6 +224,8 @@ def run_zo2(task: Task, trial: Trial, store: str, more: dict[str, Any], repeated
             with counted_draws() as drawn:
                 cost_of(lambda: streamed_cost(config("wide", 1e-6), drawn), trial)
             gc.collect()
+        if first and store == "disk" and "store_dtype" not in more:
+            log_break_even(trial, Path(folder))
         if first and "store_dtype" not in more:
             zo2 = ZO2.from_pretrained(task.model, config("bits", BITS_LR))
             log_bits(task, trial, zo2.step, lambda: digest_of(zo2.named_values()))
@@ -276,6 +245,14 @@ def run_zo2(task: Task, trial: Trial, store: str, more: dict[str, Any], repeated
 def streamed_cost(config: ZO2Config, drawn: list[int]) -> tuple[Step, Callable[[], dict[str, float]]]:
     zo2 = ZO2.from_pretrained(wide_model(), config)
     return zo2.step, lambda: {"bytes": zo2.store.bytes_read + zo2.store.bytes_written, "drawn": drawn[0]}
+
+
+def log_break_even(trial: Trial, folder: Path) -> None:
+    """A streamed step's time over one in memory, by the batch: the mean of two pairs taken in turn."""
+    for tokens, streamed, at_hand in steps_by_batch(folder, trial.device):
+        with one_thread():
+            times = time_pairs(streamed, at_hand, pairs=2)
+        trial.log("streaming", float(np.median(times[:, 0] / times[:, 1])), tokens=tokens)
 
 
 def run_adamw(task: Task, trial: Trial) -> None:
@@ -410,10 +387,12 @@ def overlaps(results: Results) -> Any:
 
 @study.summary
 def summary(results: Results) -> str:
+    hides = results.threshold("streaming", "zo2-disk", over="tokens", reach=HIDDEN, better="lower").value
+    even = "at none of the batches tried" if math.isinf(hides) else f"from {hides:,.0f} tokens a step on"
     return (
         f"A step on {results.mean('drawn', 'mezo').value / 4e6:.0f} million parameters peaked at {results.say('peak_memory', 'zo2-disk')} with the blocks on disk "
         f"(MeZO {results.say('peak_memory', 'mezo')}, AdamW {results.say('peak_memory', 'adamw')}) and took {results.say('cpu_seconds', 'zo2-disk')} "
         f"of processor time ({results.say('cpu_seconds', 'zo2-none')} in memory, MeZO {results.say('cpu_seconds', 'mezo')}), for "
-        f"{results.say('bytes', 'zo2-disk')} read and written. With bfloat16 blocks {results.say('lost', 'zo2-disk-nearest')} of the last updates were lost to "
+        f"{results.say('bytes', 'zo2-disk')} read and written; streaming hides behind computing {even}. With bfloat16 blocks {results.say('lost', 'zo2-disk-nearest')} of the last updates were lost to "
         f"rounding. 200 steps won {results.say('gain', 'zo2-none')} nats on unseen text, 20 of AdamW {results.say('gain', 'adamw')}."
     )
