@@ -70,13 +70,17 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(outside, tmp_path, nu
 
 
 STRUCK = """
-import multiprocessing.reduction as reduction, os, signal, sys
+import multiprocessing.reduction as reduction, signal, sys, threading, time
 real, calls = reduction.sendfds, []
+other = threading.Thread(target=time.sleep, args=(100,), daemon=True)
+other.start()
 def struck(*words):
     calls.append(words)
+    sent = real(*words)
     if len(calls) == 3:  # by then the server that forks trials listens
-        os.kill(os.getpid(), signal.{number})
-    return real(*words)
+        signal.pthread_kill(other.ident if {elsewhere} else threading.get_ident(), signal.{number})
+        time.sleep(0.2)
+    return sent
 reduction.sendfds = struck
 sys.argv = ["fewer", "run", "guessing", "--seeds", "2"]
 from fewer.cli import main
@@ -84,9 +88,11 @@ main()
 """
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_an_end_while_a_trial_is_being_started_prints_no_traceback(outside, tmp_path, number):
-    words = [sys.executable, "-c", STRUCK.format(number=number.name)]
+def test_an_end_while_a_trial_is_being_started_prints_no_traceback(outside, tmp_path, number, elsewhere):
+    """Also where the system gives it to another thread, which does not hold it back."""
+    words = [sys.executable, "-c", STRUCK.format(number=number.name, elsewhere=elsewhere)]
     listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background job ignores it
     ended = subprocess.run(words, cwd=tmp_path, env=command_environment(outside), stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     assert ended.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
