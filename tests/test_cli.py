@@ -145,7 +145,7 @@ def test_a_failed_trial_shows_its_traceback_and_exit_status_1(fewer):
 
 
 def test_a_full_disk_is_told_in_one_line(outside, tmp_path):
-    limited = f"ulimit -f 150; exec {' '.join(command('run', 'guessing', '--seeds', '400', '--quiet'))}"
+    limited = f"ulimit -f 300; exec {' '.join(command('run', 'guessing', '--seeds', '400', '--quiet'))}"
     done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, env=command_environment(outside), capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "the disk is full or the file may not grow" in done.stderr
