@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from house import ROOT, WORDS, command, command_environment, in_this_process, install
@@ -23,6 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores
 for helper in sorted((ROOT / "tests").rglob("*.py")):  # modules that tests of one folder share, each of a name of its own
     if not helper.name.startswith(("test_", "conftest", "__")) and "outside" not in helper.parts and str(helper.parent) not in sys.path:
         sys.path.append(str(helper.parent))
+hypothesis.settings.register_profile("house", deadline=None)  # no test is decided by how busy the machine is
+hypothesis.settings.load_profile("house")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FEWER_DATA", str(ROOT / ".." / "shared" / "data"))
 
