@@ -49,6 +49,8 @@ def test_arms_run_on_a_users_model_and_every_claim_has_its_figures(own: Path) ->
     assert {each.verdict for each in judge(room.study, results)} <= {"holds", "fails", "undecided"}
     said = room.summary(results)
     assert "of fused attention's" in said
+    at = {tokens: results.mean("attention_ratio", "spt-attention", tokens=tokens).value for tokens in room.LENGTHS}
+    assert all((f"{tokens:,}" in said.split("it is quicker")[1].split(".")[0]) == (ratio < 1) for tokens, ratio in at.items())
     assert results.mean("bytes", "spt").value < results.mean("bytes", "lora").value
     assert results.mean("mass", "oracle").value > results.mean("mass", "spt-attention").value
     lighter = Results(figures("lora-fused", own, steps=1, held_out=64), ARMS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from fewer.language.zo2.costs import break_even
-from fewer.language.zo2.costs.break_even import LAYERS, ROWS, steps_by_batch
-from fewer.language.zo2.study import log_break_even
-from fewer.study import Scale
+from fewer.language.zo2.costs.break_even import LAYERS, LENGTH, ROWS, steps_by_batch
+from fewer.language.zo2.study import log_break_even, study, summary
+from fewer.study import Results, Scale
+from fewer.study.results import Row
 from fewer.study.trial import Trial, TrialSpec
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
@@ -37,3 +39,19 @@ def test_the_ratio_is_streamed_over_in_memory(tmp_path, monkeypatch):
     assert [(event.name, event.value, dict(event.coordinates)) for event in events if hasattr(event, "coordinates")] == [
         ("streaming", 1.5, {"tokens": 32})
     ]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ((1.4, 1.2, 1.0), "from 512 tokens a step on"),
+        ((1.0, 1.2, 1.04), "from 512 tokens"),
+        ((1.0, 1.0, 1.0), "from 32 tokens"),
+        ((1, 1, 2), "at none"),
+    ],
+)
+def test_streaming_hides_from_the_batch_on_behind_which_it_never_shows(ratios, said):
+    names = ("drawn", "peak_memory", "cpu_seconds", "bytes", "lost", "gain")
+    rows = [Row(arm, 0, name, {}, 1.0) for name in names for arm in study.arms]
+    rows += [Row("zo2-disk", 0, "streaming", {"tokens": LENGTH * count}, ratio) for count, ratio in zip(ROWS, ratios, strict=True)]
+    assert f"streaming hides behind computing {said}" in summary(Results(rows, list(study.arms)))

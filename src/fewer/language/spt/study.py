@@ -7,7 +7,6 @@ memory of a layer are taken with the first seed alone.
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -321,15 +320,15 @@ def keeps_more_than_a_window(results: Results) -> Any:
 
 @study.summary
 def summary(results: Results) -> str:
-    quicker = results.threshold("attention_ratio", "spt-attention", over="tokens", reach=1.0, better="lower").value
-    even = "at none of these lengths" if math.isinf(quicker) else f"from {quicker:,.0f} tokens on"
+    quicker = [f"{tokens:,}" for tokens in LENGTHS if results.mean("attention_ratio", "spt-attention", tokens=tokens).value < 1]
+    even = f"at {', '.join(quicker)} tokens" if quicker else "at none of these lengths"
     ratios = ", ".join(f"{results.say('attention_ratio', 'spt-attention', tokens=tokens)} at {tokens:,}" for tokens in LENGTHS)
     return (
         f"At 1,024 tokens of SmolLM2's shapes a routed network took {results.say('ffn_ratio', 'spt-ffn')} of LoRA's time forward and "
         f"backward. Sparse attention kept {results.say('bytes', 'spt-attention')} for its backward pass, eager attention "
         f"{results.say('bytes', 'lora')}, fused attention {results.say('bytes', 'lora-fused')}; it took "
         f"{results.say('attention_cpu_seconds', 'spt-attention', beside='lora')} of eager attention's time, and of fused attention's {ratios}: "
-        f"it is quicker {even}. Tuned, the loss on unseen text fell from {results.say('first_loss', 'lora')} to {results.say('loss', 'lora')} "
+        f"it is quicker {even}. Tuned, the loss on unseen text went from {results.say('first_loss', 'lora')} to {results.say('loss', 'lora')} "
         f"nats with LoRA and to {results.say('loss', 'spt')} with SPT ({results.say('loss', 'spt-ffn')} with routed networks alone, "
         f"{results.say('loss', 'spt-attention')} with sparse attention alone, {results.say('loss', 'oracle')} with the truly largest keys). "
         f"Codes found {results.say('recall', 'spt-attention')} of the true top keys, which hold {results.say('mass', 'spt-attention')} of the attention."

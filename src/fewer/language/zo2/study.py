@@ -6,7 +6,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from fewer.language._shared.fine_tuning import fine_tune
 from fewer.language._shared.model_directory import load_directory, load_tokenizer
 from fewer.language._shared.trained import corpus_of_pairs
 from fewer.language.zo2.checkpoints import Digest
-from fewer.language.zo2.costs.break_even import HIDDEN, steps_by_batch
+from fewer.language.zo2.costs.break_even import HIDDEN, LENGTH, ROWS, steps_by_batch
 from fewer.language.zo2.costs.wide import resident, warm, wide_model
 from fewer.language.zo2.mezo import MeZO, StepResult, ZO2Config
 from fewer.language.zo2.streaming import ZO2
@@ -387,8 +386,10 @@ def overlaps(results: Results) -> Any:
 
 @study.summary
 def summary(results: Results) -> str:
-    hides = results.threshold("streaming", "zo2-disk", over="tokens", reach=HIDDEN, better="lower").value
-    even = "at none of the batches tried" if math.isinf(hides) else f"from {hides:,.0f} tokens a step on"
+    batches = {rows * LENGTH: results.mean("streaming", "zo2-disk", tokens=rows * LENGTH).value for rows in ROWS}
+    loud = max((tokens for tokens, ratio in batches.items() if ratio > HIDDEN), default=0)
+    hides = min((tokens for tokens in batches if tokens > loud), default=0)
+    even = f"from {hides:,} tokens a step on" if hides else "at none of the batches tried"
     return (
         f"A step on {results.mean('drawn', 'mezo').value / 4e6:.0f} million parameters peaked at {results.say('peak_memory', 'zo2-disk')} with the blocks on disk "
         f"(MeZO {results.say('peak_memory', 'mezo')}, AdamW {results.say('peak_memory', 'adamw')}) and took {results.say('cpu_seconds', 'zo2-disk')} "
