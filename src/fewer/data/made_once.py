@@ -47,7 +47,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     Args:
         folder: as `folder_of` names it.
         make: writes `model.safetensors` and whatever goes with it into the folder that it is given. That folder stays where it breaks off,
-            so that it may go on from what it has written. It comes to the same whoever asks: also within `torch.no_grad()`. Several processes that ask at once have it made once.
+            so that it may go on from what it has written. It comes to the same whoever asks: also within `torch.no_grad()`. Several
+            processes that ask at once have it made once.
     """
     if is_whole(folder):
         return folder

@@ -115,3 +115,9 @@ def time_pairs(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int = 
         once = timer.timeit(1).mean
         numbers.append(max(1, round(LONG_ENOUGH / max(once, 1e-9))))
     return np.array([[timer.timeit(number).mean for timer, number in zip(timers, numbers, strict=True)] for _ in range(pairs)])
+
+
+def ratio_of_pairs(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int = PAIRS) -> float:
+    """The median of ours over theirs in time, taken in turn."""
+    times = time_pairs(ours, theirs, pairs)
+    return float(np.median(times[:, 0] / times[:, 1]))

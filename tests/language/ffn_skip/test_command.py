@@ -219,7 +219,7 @@ def test_every_arm_logs_what_the_claims_ask(directory, arm, monkeypatch):
     given = Trained(directory, tokens, tokens, "a model of random weights")
     events = []
     trial = Trial(TrialSpec("m", "ffn-skip", arm, 0, Scale.QUICK, study.choose_options({})), events.append)
-    study.arms[arm].run(Task(given, given.model("cpu"), tokens, (1, 6, 400)), trial)
+    study.arms[arm].run(Task(given, given.model("cpu"), tokens, 1, 6, 400), trial)
     figures = {(event.name, *event.coordinates.values()) for event in events if isinstance(event, FigureEvent)}
     values = [event.value for event in events if isinstance(event, FigureEvent)]
     assert all(value is not None and math.isfinite(value) for value in values)
@@ -234,8 +234,9 @@ def test_the_users_own_model_takes_fewer_passes_and_the_houses_as_many_as_before
     assert OWN[0] * (OWN[1] + 2) <= 8 * 32 / 3
     given = {"model": str(directory), "text": str(notes)}
     own, more = (study.build_task(Scale.QUICK, study.choose_options(given | words)) for words in ({}, {"held_out": "8000"}))
-    assert own.effort == OWN
-    assert study.build_task(Scale.FULL, study.choose_options(given)).effort == EFFORT[Scale.FULL]
+    full = study.build_task(Scale.FULL, study.choose_options(given))
+    assert (own.passages, own.steps, own.judged) == OWN
+    assert (full.passages, full.steps, full.judged) == EFFORT[Scale.FULL]
     trial = Trial(TrialSpec("m", "ffn-skip", "full", 0, Scale.QUICK, study.choose_options({})), [].append)
     assert [len(each.texts(trial)) for each in (own, more)] == [16, 41]
     assert len(own.windows(trial)) == 4

@@ -32,7 +32,7 @@ def test_both_ways_take_the_same_step_and_one_of_them_streams(tmp_path, monkeypa
 def test_the_ratio_is_streamed_over_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("fewer.language.zo2.study.steps_by_batch", lambda *_: iter([(32, "streamed", "in memory")]))
     monkeypatch.setattr(
-        "fewer.language.zo2.study.time_pairs", lambda ours, theirs, pairs: np.array([[3.0, 2.0]] if ours == "streamed" else [[2.0, 3.0]])
+        "fewer.study.races.time_pairs", lambda ours, theirs, pairs: np.array([[3.0, 2.0]] if ours == "streamed" else [[2.0, 3.0]])
     )
     events = []
     log_break_even(Trial(TrialSpec("m", "zo2", "zo2-disk", 0, Scale.QUICK, {}), events.append), tmp_path)

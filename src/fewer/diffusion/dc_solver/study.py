@@ -84,8 +84,9 @@ def settings_of(network: Network, first_scale_only: bool = False) -> list[Settin
     return [*((calls, scale) for scale in network.scales for calls in CALLS), *unseen]
 
 
-def sheet_of(scale: float) -> str:
-    return f"images after {CALLS[0]} calls, guidance scale {scale:g}"
+def sheets(network: Network) -> dict[float, str]:
+    """Guidance scale -> what the sheet of its images is called: those of the fewest calls, with the least guidance and with the most."""
+    return {scale: f"images after {CALLS[0]} calls, guidance scale {scale:g}" for scale in (network.scales[0], network.scales[-1])}
 
 
 def judge(network: Network, trial: Trial, sampler: Sampler, settings: list[Setting]) -> None:
@@ -93,8 +94,8 @@ def judge(network: Network, trial: Trial, sampler: Sampler, settings: list[Setti
     for calls, scale in settings:
         x = network.ends(sampler(calls, scale), calls, scale)
         trial.log("error", float((x - network.converged(scale)).square().mean()), **at(calls, scale))
-        if calls == CALLS[0] and scale in (network.scales[0], network.scales[-1]):
-            trial.show(x, sheet_of(scale))
+        if calls == CALLS[0] and scale in sheets(network):
+            trial.show(x, sheets(network)[scale])
         if scale == network.scales[0] and (distance := network.frechet(x)) is not None:
             trial.log("frechet", distance, **at(calls, scale))
 
@@ -159,8 +160,8 @@ def polynomial(network: Network, trial: Trial) -> None:
 
 def converged(network: Network, trial: Trial) -> None:
     """What 999 steps come to, and as many held-out digits as there are samples: the floor under any distance to all of them."""
-    for scale in sorted({network.scales[0], network.scales[-1]}):
-        trial.show(network.converged(scale), sheet_of(scale))
+    for scale, name in sheets(network).items():
+        trial.show(network.converged(scale), name)
     distance = network.frechet(network.converged(network.scales[0]))
     if distance is None or isinstance(network.source, Pipeline):
         trial.note("frechet", "no classifier judges your own model's images")

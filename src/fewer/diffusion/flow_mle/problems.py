@@ -316,8 +316,9 @@ class Robot:
     def lesson(self, seed: int) -> tuple[Problem, FlowPolicy]:
         """What a seed's demonstrations teach, and a policy with their scales, whose field is still to be put in."""
         policy = FlowPolicy(STATE, 4, width=self.width)
-        policy.take_scales(*self.shown(seed))
-        x1, cond = policy.pairs(*self.shown(seed))
+        shown = self.shown(seed)
+        policy.take_scales(*shown)
+        x1, cond = policy.pairs(*shown)
         dim, cond_dim = x1.shape[1], cond.shape[1]
         problem = Problem(
             "manipulation",

@@ -28,12 +28,7 @@ def at(alpha: float = 0.0, bits: int = BITS, steps: int = STEPS) -> dict[str, An
 
 
 PLAIN, NOISY, COARSE, SHORT = at(), at(alpha=0.3), at(bits=4), at(steps=6)
-SHEETS = (
-    (PLAIN, "images"),
-    (NOISY, "noise added before each step (alpha 0.3)"),
-    (COARSE, "weights of 4 bits"),
-    (SHORT, "6 steps (11 calls)"),
-)
+SHEETS = {"images": PLAIN, "noise added before each step (alpha 0.3)": NOISY, "weights of 4 bits": COARSE, "6 steps (11 calls)": SHORT}
 MORE = [at(alpha=0.1), at(alpha=0.2), at(bits=6), at(bits=5), at(bits=3), at(steps=4), at(steps=9)]  # at full scale
 
 study = Study(
@@ -110,8 +105,9 @@ def judge(job: Task, trial: Trial, model: torch.nn.Module, D: float, how: dict[s
     for figure in job.judges:
         trial.log(figure, job.distance(figure, x), **how)
     trial.log("calls", calls, **how)
-    for name in (name for way, name in SHEETS if way == how):
-        trial.show(x, name)
+    for name, way in SHEETS.items():
+        if way == how:
+            trial.show(x, name)
     if how == PLAIN:
         trial.log("frechet_held_out", job.distance("frechet", x, job.test))
 

@@ -64,7 +64,7 @@ def task(scale: Scale, pipeline: str, data: str) -> Problem:
 
 
 def tell_frechet(job: Problem, trial: Trial, images: Any) -> None:
-    """To held-out digits; beside the floor, which as many real ones leave."""
+    """Show images, and tell how far they are from held-out digits; beside the floor, which as many real ones leave."""
     trial.show(images, "images after 5 calls")
     if job.digits is not None:
         real = job.digits.features(job.digits.data("test")[0][job.test : job.test + 2000])

@@ -43,8 +43,13 @@ def wide_llama(layers: int, seed: int = 0) -> Any:
 
     A layer takes 0.2 GB.
     """
+    shape = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": layers, "num_attention_heads": 16}
+    return random_llama(seed, vocab_size=2048, eos_token_id=None, **shape)
+
+
+def random_llama(seed: int = 0, **config: Any) -> Any:
+    """A LlamaForCausalLM of random weights, float32, in eval mode; the words are those of LlamaConfig."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    shape: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": layers, "num_attention_heads": 16}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, eos_token_id=None, **shape)).eval()
+    return LlamaForCausalLM(LlamaConfig(**config)).eval()

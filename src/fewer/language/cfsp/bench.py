@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fewer.language._shared.feed_forward import decoder_layers, parts_of
+from fewer.language._shared.timing import random_llama
 from fewer.language.cfsp.calibration import calibrate
 from fewer.language.cfsp.peers import REMOVED, optipfair, torch_pruning
 from fewer.language.cfsp.pruning import prune
@@ -21,13 +22,9 @@ Work = Callable[[], object]
 
 def _wide_llama() -> Any:
     """A Llama of hidden width 2,048 with random weights: two layers are enough to time what a layer takes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return random_llama(
         vocab_size=2048, hidden_size=2048, intermediate_size=5504, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4
     )
-    return LlamaForCausalLM(config).eval()
 
 
 @bench.race(

@@ -76,16 +76,18 @@ class Task:
     given: Trained
     model: Any
     test: Tensor
-    effort: tuple[int, int, int]
+    passages: int  # to calibrate on
+    steps: int  # of the bisection
+    judged: int  # tokens
 
     def windows(self, trial: Trial) -> Tensor:
         """Calibration windows of the training text [N, 192]."""
         draw = torch.Generator().manual_seed(trial.seed)
-        return draw_windows(self.given.train, self.effort[0], WINDOW, draw).to(trial.device)
+        return draw_windows(self.given.train, self.passages, WINDOW, draw).to(trial.device)
 
     def texts(self, trial: Trial) -> Tensor:
         """Windows of unseen text [N, 192]; the first tokens of the first sixteen are the prompts."""
-        count = max(PROMPTS, self.effort[2] // WINDOW)
+        count = max(PROMPTS, self.judged // WINDOW)
         return draw_windows(self.test, count, WINDOW, torch.Generator().manual_seed(trial.seed)).to(trial.device)
 
 
@@ -94,8 +96,8 @@ def task(scale: Scale, model: str, text: str, data: str, held_out: int = 0) -> T
     given = trained(model, text, data, window=WINDOW, dense=False)
     loaded = given.model("cpu")
     calibrate(loaded, given.train[None, :2], tokens=1, steps=0)  # a model that cannot be calibrated is told before anything is run
-    windows, steps, judged = OWN if model and scale is Scale.QUICK else EFFORT[scale]
-    return Task(given, loaded, given.validation, (windows, steps, held_out or judged))
+    passages, steps, judged = OWN if model and scale is Scale.QUICK else EFFORT[scale]
+    return Task(given, loaded, given.validation, passages, steps, held_out or judged)
 
 
 def judge(model: Any, task: Task, trial: Trial, config: FFNSkipConfig, *eighths: int) -> None:
@@ -131,7 +133,7 @@ def skip_and_judge(task: Task, trial: Trial, mode: str) -> None:
     model = task.model.to(trial.device)
     for eighths in EIGHTHS:
         with trial.measure("calibrate", skipped=eighths / 8):
-            steps = task.effort[1] if mode == "adaptive" else 0
+            steps = task.steps if mode == "adaptive" else 0
             config, report = calibrate(model, task.windows(trial), TARGETS[eighths], WRITTEN, steps=steps)
         judge(model, task, trial, way_of(mode, config, report, eighths / 8, trial.seed), eighths)
         if mode == "adaptive":
@@ -159,9 +161,9 @@ def variants(task: Task, trial: Trial) -> None:
     if trial.seed:
         return
     model, windows = task.model.to(trial.device), task.windows(trial)
-    config, _ = calibrate(model, windows, QUARTER["skipped"], WRITTEN, steps=task.effort[1])
+    config, _ = calibrate(model, windows, QUARTER["skipped"], WRITTEN, steps=task.steps)
     whole = dataclasses.replace(config, cold_start=0, cold_end=len(layers_of(model.model)))
-    theta, _ = find_threshold(model.model, windows, whole, QUARTER["skipped"], PROMPT, task.effort[1])
+    theta, _ = find_threshold(model.model, windows, whole, QUARTER["skipped"], PROMPT, task.steps)
     table: dict[str, tuple[FFNSkipConfig, int]] = {f"warm-up {steps}": (config, steps) for steps in (0, 8, 25)}
     table |= {f"at most {k} skipped": (dataclasses.replace(config, max_skips=k), 25) for k in (1, 2)}
     table["no cold regions"] = (dataclasses.replace(whole, threshold=theta), 25)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +26,7 @@ from fewer.language.spt.quantizer import ProductQuantizer, lookup
 from fewer.language.spt.routed import RoutedGatedFFN
 from fewer.meters import count_flops, median_seconds, saved_bytes
 from fewer.study import Bars, Curve, Figure, Results, Scale, Study, Trial
-from fewer.study.races import time_pairs
+from fewer.study.races import ratio_of_pairs
 from fewer.tasks import fetch_small_lm, token_loss
 from fewer.tasks.language_corpus import Corpus, text_corpus, token_stream
 from fewer.tasks.lm_training import check_window, draw_windows
@@ -244,12 +243,6 @@ def log_layer(trial: Trial, attention: str, ffn: bool) -> None:
         backward_of(run, *heads())()
     trial.log("ffn_bytes", kept_bytes(network, x))
     trial.log("bytes", kept_bytes(run, *heads()))
-
-
-def ratio_of_pairs(ours: Any, theirs: Any, pairs: int) -> float:
-    """The median of ours over theirs in time, taken in turn."""
-    times = time_pairs(ours, theirs, pairs)
-    return float(np.median(times[:, 0] / times[:, 1]))
 
 
 def kept_bytes(run: Any, *inputs: Tensor) -> float:

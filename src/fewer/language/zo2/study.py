@@ -27,7 +27,7 @@ from fewer.language.zo2.costs.wide import resident, warm, wide_model
 from fewer.language.zo2.mezo import MeZO, StepResult, ZO2Config
 from fewer.language.zo2.streaming import ZO2
 from fewer.study import Curve, Figure, Results, Scale, Study, Tradeoff, Trial
-from fewer.study.races import time_pairs
+from fewer.study.races import ratio_of_pairs
 from fewer.study.results import NotTestable, bootstrap
 from fewer.study.spaces import Choice
 from fewer.tasks import fetch_small_lm, token_loss
@@ -250,8 +250,8 @@ def log_break_even(trial: Trial, folder: Path) -> None:
     """A streamed step's time over one in memory, by the batch: the mean of two pairs taken in turn."""
     for tokens, streamed, at_hand in steps_by_batch(folder, trial.device):
         with one_thread():
-            times = time_pairs(streamed, at_hand, pairs=2)
-        trial.log("streaming", float(np.median(times[:, 0] / times[:, 1])), tokens=tokens)
+            ratio = ratio_of_pairs(streamed, at_hand, pairs=2)
+        trial.log("streaming", ratio, tokens=tokens)
 
 
 def run_adamw(task: Task, trial: Trial) -> None:

@@ -25,7 +25,7 @@ from fewer.signals.flash_fft_conv.conv import depthwise_conv1d, fft_conv
 from fewer.signals.flash_fft_conv.layers import LongConv, StreamingConv
 from fewer.signals.flash_fft_conv.plan import default_factors, make_plan
 from fewer.study import Curve, Figure, NotTestable, Results, Scale, Study, Trial
-from fewer.study.races import time_pairs
+from fewer.study.races import ratio_of_pairs, time_pairs
 
 LENGTH, WIDTH, BLOCKS = 1024, 64, 2
 STEPS = {Scale.QUICK: 200, Scale.FULL: 2_000}
@@ -244,8 +244,7 @@ def step_ratio(trial: Trial, model: Model, windows: Tensor) -> None:
     def step(mix: Mixer) -> Callable[[], object]:
         return lambda: torch.autograd.grad(loss_of(model, mix, windows), list(model.parameters()))
 
-    times = time_pairs(step(by_blocks), step(by_torch), 7)
-    trial.log("step_ratio", float(np.median(times[:, 0] / times[:, 1])))
+    trial.log("step_ratio", ratio_of_pairs(step(by_blocks), step(by_torch), 7))
 
 
 def gated(shape: tuple[int, int, int], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -10,17 +10,14 @@ import torch
 
 from fewer.data import WEIGHTS, folder_of, made_once
 from fewer.files import read_json
+from fewer.language._shared.timing import random_llama
 
 SHAPE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 4096}
 
 
 def wide_layers(layers: int, **shape: int) -> Any:
     """Some layers of the wide model, in memory; `shape` makes them smaller."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    words: dict[str, Any] = SHAPE | shape
-    return LlamaForCausalLM(LlamaConfig(**words, num_hidden_layers=layers, tie_word_embeddings=True)).eval()
+    return random_llama(num_hidden_layers=layers, tie_word_embeddings=True, **SHAPE | shape)
 
 
 def wide_model() -> Path:
